@@ -1,0 +1,48 @@
+"""What every test gets: one thread, fixed seeds, deterministic property tests, a folder of research data."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+ROOT = Path(__file__).resolve().parents[1]
+
+torch.set_num_threads(1)
+settings.register_profile(
+    "invrecon",
+    max_examples=15,
+    deadline=None,  # a busy machine is no failure
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("invrecon")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """Every test starts from the same global random state, whatever ran before it in its process."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def research_data() -> Path:
+    """The folder of larger data sets that INVRECON_DATA names; tests that need it are skipped without one."""
+    folder = os.environ.get("INVRECON_DATA", "")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("INVRECON_DATA does not name a folder")
+    return Path(folder)
