@@ -1,0 +1,139 @@
+"""Converts scans (DICOM, NIfTI, NRRD, HDF5) into the HDF5 that the data modules read.
+
+    python -m invrecon.data.convert IN [IN ...] OUT --size 256
+
+Dataset `data` `(N, size, size)`: int16 Hounsfield units clipped to [-1024, 3071], slice first, one gzip chunk
+per slice; attributes `source`, `units`, `voxel_mm` `(x, y, z)` and `patient` (of DICOM its PatientID:
+pseudonymise before you share).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+
+from invrecon.data.volumes import HDF5_SUFFIXES, Volume, find_volumes, open_volume, suffix_of
+from invrecon.errors import InputError
+
+LOW, HIGH = -1024.0, 3071.0  # what 12 bits hold [HU]
+
+
+def convert(
+    inputs: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    size: int = 256,
+    dataset: str = "data",
+    force: bool = False,
+) -> list[Path]:
+    """Converts every volume found in `inputs`, slice by slice, and returns the files written.
+
+    Slices that are not square are centred in a square of air. An integer factor to `size` is averaged over
+    blocks; any other is resampled by antialiased linear interpolation.
+
+    Args:
+        inputs: Files or folders; a folder of DICOM files is one volume.
+        output: An HDF5 file for a single volume, else a folder, whose files take the names of the inputs.
+        size: Side of the slices in pixels.
+        dataset: Name of the dataset in HDF5 inputs.
+        force: Replace files that exist.
+
+    Raises:
+        InputError: If an input is of no use, an output exists, or cannot be written.
+    """
+    if size < 2:
+        raise InputError(f"The size is {size}, expected at least 2 pixels.")
+    sources, output = find_volumes(inputs), Path(output)
+    volumes = [open_volume(path, dataset=dataset) for path in sources]
+    if suffix_of(output) in HDF5_SUFFIXES:
+        if len(volumes) > 1:
+            raise InputError(
+                f"{len(volumes)} volumes cannot go into one file {output}; name a folder as output."
+            )
+        targets = [output]
+    else:
+        targets = [output / f"{volume.stem}.h5" for volume in volumes]
+    if len(set(targets)) < len(targets):
+        raise InputError(
+            f"Two inputs would both be written to one file in {output}; convert them one at a time."
+        )
+    for target, source in zip(targets, sources, strict=True):
+        if target.exists() and target.resolve() == source.resolve():
+            raise InputError(f"{target} is both input and output; choose another output.")
+        if target.exists() and not force:
+            raise InputError(f"{target} exists already; choose another output, or replace it with --force.")
+    for volume, target in zip(volumes, targets, strict=True):
+        _write(volume, target, size)
+    return targets
+
+
+def resample_slice(hu: Tensor, size: int, *, fill: float = LOW) -> Tensor:
+    """Returns a slice `(H, W)` as `(size, size)`: padded to a square, then averaged or interpolated."""
+    side = max(hu.shape)
+    rest = [side - extent for extent in hu.shape]
+    square = pad(hu, (rest[1] // 2, rest[1] - rest[1] // 2, rest[0] // 2, rest[0] - rest[0] // 2), value=fill)
+    if side % size == 0:
+        k = side // size
+        return square.reshape(size, k, size, k).mean(dim=(1, 3))
+    return interpolate(
+        square[None, None], (size, size), mode="bilinear", antialias=True, align_corners=False
+    )[0, 0]
+
+
+def _write(volume: Volume, target: Path, size: int) -> None:
+    from invrecon.files import atomic_h5, write_json
+
+    num = len(volume)
+    with atomic_h5(target) as file:
+        data = file.create_dataset(
+            "data", (num, size, size), np.int16, chunks=(1, size, size), compression="gzip", shuffle=True
+        )
+        for index in range(num):
+            hu = resample_slice(volume.read(index).clamp(LOW, HIGH), size)
+            data[index] = hu.round().numpy().astype(np.int16)
+        file.attrs["source"] = volume.source or volume.path.name
+        file.attrs["units"] = volume.units
+        file.attrs["patient"] = volume.patient
+        if volume.voxel_mm is not None:
+            z, y, x = volume.voxel_mm
+            scale = max(volume.shape[1:]) / size
+            file.attrs["voxel_mm"] = (x * scale, y * scale, z)
+    sidecar = target.with_name(f"{target.stem}.patients.json")
+    if len(set(volume.patients)) > 1:
+        write_json(
+            sidecar, [[f"{volume.path.name}[{i}]", patient] for i, patient in enumerate(volume.patients)]
+        )
+    else:
+        sidecar.unlink(missing_ok=True)  # it belonged to a file that was replaced
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m invrecon.data.convert", description="Convert scans into the HDF5 that invrecon reads."
+    )
+    parser.add_argument("inputs", nargs="+", metavar="IN", help="files or folders: HDF5, NIfTI, NRRD, DICOM")
+    parser.add_argument("output", metavar="OUT", help="an .h5 file for one volume, else a folder")
+    parser.add_argument("--size", type=int, default=256, help="side of the slices in pixels (default 256)")
+    parser.add_argument("--dataset", default="data", help="dataset name in HDF5 inputs (default 'data')")
+    parser.add_argument("--force", action="store_true", help="replace existing files")
+    options = parser.parse_args(args)
+    try:
+        written = convert(
+            options.inputs, options.output, size=options.size, dataset=options.dataset, force=options.force
+        )
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("\n".join(str(path) for path in written))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

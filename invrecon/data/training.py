@@ -1,0 +1,392 @@
+"""Training data for priors: random patches (or whole images) as a function of (seed, rank, step) alone.
+
+Nothing is remembered between steps, so a run that is resumed at step `n` sees exactly what the uninterrupted run
+would have seen from step `n` on.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from invrecon.data.intensity import Intensity
+from invrecon.data.measurement import is_measurement
+from invrecon.data.phantoms import ellipse_phantom
+from invrecon.data.volumes import find_volumes, read_volume
+from invrecon.errors import InputError
+from invrecon.priors.patch import coordinates, position_map
+from invrecon.rng import make_generator
+
+
+class PatchBatch(NamedTuple):
+    """Clean patches and their places.
+
+    Attributes:
+        x: Clean patches, `(n, C, P, P)`, intensity in [0, 1].
+        position: Position channels, `(n, 2, P, P)`.
+        key: What the noise of this batch is drawn from, together with the run's seed.
+    """
+
+    x: Tensor
+    position: Tensor
+    key: str
+
+
+class PatchSampler:
+    """Draws patches of random size and place from a stack of zero-padded images (PaDIS, section 3.3).
+
+    One size a batch; corners are uniform over the padded frame; every size gets about the same number of pixels, so
+    that a batch costs the same whatever was drawn.
+
+    Args:
+        images: Clean images `(N, C, H, W)`, kept as stored; `encode` turns a patch of them into intensities.
+        encode: Maps stored values to intensities in [0, 1].
+        patch_sizes: Sides in pixels, largest first.
+        probabilities: Of each size.
+        pad: Width of the zero border in pixels.
+        pixels_per_batch: Target number of pixels.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        encode: Any,
+        patch_sizes: list[int],
+        probabilities: list[float],
+        pad: int,
+        pixels_per_batch: int,
+    ) -> None:
+        self.images, self.encode = images, encode
+        self.patch_sizes, self.probabilities = patch_sizes, torch.tensor(probabilities, dtype=torch.float)
+        self.pad, self.pixels_per_batch = pad, pixels_per_batch
+
+    def num_patches(self, patch_size: int) -> int:
+        """Patches of a size in a batch."""
+        return max(1, round(self.pixels_per_batch / patch_size**2))
+
+    def draw(self, generator: torch.Generator, key: str, patch_size: int | None = None) -> PatchBatch:
+        """Returns a batch of one patch size, drawn by its probability unless given."""
+        if patch_size is None:
+            choice = torch.multinomial(self.probabilities, 1, generator=generator)
+            patch_size = self.patch_sizes[int(choice)]
+        n, (H, W) = self.num_patches(patch_size), self.images.shape[-2:]
+        index = torch.randint(len(self.images), (n,), generator=generator)
+        frame = (H + 2 * self.pad, W + 2 * self.pad)
+        top, left = (torch.randint(f - patch_size + 1, (n,), generator=generator) - self.pad for f in frame)
+        span = torch.arange(patch_size)
+        rows, columns = top[:, None] + span, left[:, None] + span
+        values = self.images[
+            index[:, None, None, None],
+            torch.arange(self.images.shape[1])[None, :, None, None],
+            rows.clamp(0, H - 1)[:, None, :, None],
+            columns.clamp(0, W - 1)[:, None, None, :],
+        ]
+        inside = ((rows >= 0) & (rows < H))[:, None, :, None] & ((columns >= 0) & (columns < W))[:, None, None, :]
+        position = position_map(coordinates(H, top, patch_size), coordinates(W, left, patch_size))
+        return PatchBatch(self.encode(values) * inside, position, key)
+
+
+class PatchStream(IterableDataset):
+    """The batches of one epoch, starting where the training stands.
+
+    Args:
+        sampler: Draws a batch.
+        seed: The run's seed.
+        rank: This process's rank.
+        num_batches: Batches an epoch.
+        position: Returns the number of batches already seen, over all epochs.
+    """
+
+    def __init__(self, sampler: PatchSampler, seed: int, rank: int, num_batches: int, position: Any) -> None:
+        self.sampler, self.seed, self.rank, self.num_batches, self.position = sampler, seed, rank, num_batches, position
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[PatchBatch]:
+        start = self.position()
+        end = (start // self.num_batches + 1) * self.num_batches
+        worker = get_worker_info()
+        first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for step in range(start + first, end, stride):
+            key = f"{step}/{self.rank}"
+            yield self.sampler.draw(make_generator(self.seed, "patches", key), key)
+
+
+class FixedBatches(IterableDataset):
+    """The same batches every time, for validation, shared out over the ranks.
+
+    Args:
+        sampler: Draws a batch.
+        num_batches: Batches in all.
+        rank: This process's rank.
+        num_ranks: Number of processes.
+    """
+
+    def __init__(self, sampler: PatchSampler, num_batches: int, rank: int, num_ranks: int) -> None:
+        self.sampler, self.num_batches, self.rank, self.num_ranks = sampler, num_batches, rank, num_ranks
+
+    def __iter__(self) -> Iterator[PatchBatch]:
+        for step in range(self.rank, self.num_batches, self.num_ranks):
+            key = f"validation/{step}"
+            yield self.sampler.draw(make_generator(0, key), key, self.sampler.patch_sizes[0])
+
+
+class PriorTraining(lightning.LightningDataModule, ABC):
+    """What all training data of priors share: patch sizes, budget, streams.
+
+    Args:
+        size: Side of the images in pixels.
+        patch_sizes: Patch sides in pixels, largest first; `[size]` with `pad: 0` trains on whole images.
+        probabilities: Of each patch size.
+        pad: Width of the zero border in pixels.
+        pixels_per_batch: Pixels a step and process.
+        batches_per_epoch: Steps between validations.
+        validation_batches: Fixed batches in a validation.
+        seed: Seed of order, places and noise.
+        num_workers: Worker processes that draw patches; 0 draws in the training process.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        patch_sizes: list[int],
+        probabilities: list[float],
+        pad: int,
+        pixels_per_batch: int,
+        batches_per_epoch: int,
+        validation_batches: int,
+        seed: int,
+        num_workers: int,
+    ) -> None:
+        super().__init__()
+        if len(patch_sizes) != len(probabilities) or not patch_sizes or min(probabilities) < 0 or not sum(probabilities):
+            raise InputError(
+                f"data.patch_sizes {patch_sizes} and data.probabilities {probabilities} must be lists of equal length, "
+                "one non-negative probability a size and not all of them zero."
+            )
+        if batches_per_epoch < 1 or pixels_per_batch < 1 or pad < 0 or validation_batches < 0:
+            raise InputError(
+                f"data.batches_per_epoch {batches_per_epoch} and data.pixels_per_batch {pixels_per_batch} must be at "
+                f"least 1, data.pad {pad} and data.validation_batches {validation_batches} at least 0."
+            )
+        if max(patch_sizes) > size + 2 * pad or min(patch_sizes) < 1:
+            raise InputError(
+                f"data.patch_sizes {patch_sizes} do not fit the padded image of {size} + 2 x {pad} pixels; "
+                "use smaller patches or a larger data.pad."
+            )
+        self.size, self.patch_sizes, self.probabilities, self.pad = size, patch_sizes, probabilities, pad
+        self.pixels_per_batch, self.batches_per_epoch = pixels_per_batch, batches_per_epoch
+        self.validation_batches, self.seed, self.num_workers = validation_batches, seed, num_workers
+        self.intensity = Intensity()
+        self.train_names: list[str] = []
+        self._train: PatchSampler | None = None
+        self._validation: PatchSampler | None = None
+
+    @abstractmethod
+    def load(self) -> tuple[Tensor, Tensor, Any]:
+        """Returns training images, validation images `(N, C, H, W)` as stored, and their encoding to intensity."""
+
+    @property
+    def kind(self) -> str:
+        """`whole` if every patch is the whole image, else `patch`."""
+        return "whole" if self.patch_sizes == [self.size] and self.pad == 0 else "patch"
+
+    def setup(self, stage: str | None = None) -> None:
+        """Loads the images once and builds the samplers."""
+        if self._train is not None:
+            return
+        train, validation, encode = self.load()
+        shared = (encode, self.patch_sizes, self.probabilities, self.pad, self.pixels_per_batch)
+        self._train, self._validation = PatchSampler(train, *shared), PatchSampler(validation, *shared)
+
+    def measure_sigma_data(self) -> float:
+        """Returns the standard deviation of 16 batches of training patches of the largest size, intensity units."""
+        assert self._train is not None
+        generator = make_generator(0, "sigma_data")
+        draws = [self._train.draw(generator, "", self.patch_sizes[0]).x.double() for _ in range(16)]
+        return float(torch.cat([d.flatten() for d in draws]).std())
+
+    def validation_images(self) -> Tensor:
+        """Returns the whole validation images as intensities, `(N, C, H, W)`."""
+        assert self._validation is not None
+        return self._validation.encode(self._validation.images)
+
+    def _batches_seen(self) -> int:
+        return self.trainer.global_step * self.trainer.accumulate_grad_batches if self.trainer else 0
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches as a function of (seed, rank, step)."""
+        assert self._train is not None
+        rank = self.trainer.global_rank if self.trainer else 0
+        stream = PatchStream(self._train, self.seed, rank, self.batches_per_epoch, self._batches_seen)
+        return DataLoader(stream, batch_size=None, num_workers=self.num_workers)
+
+    def val_dataloader(self) -> DataLoader:
+        """The same patches every time."""
+        assert self._validation is not None
+        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return DataLoader(FixedBatches(self._validation, self.validation_batches, rank, ranks), batch_size=None)
+
+
+class CTTraining(PriorTraining):
+    """CT slices in Hounsfield units from HDF5 volumes, held in memory as int16.
+
+    Args:
+        paths: HDF5 files or folders of them.
+        validation: Names of files kept out of training for validation, of patients that are in no other file. By
+            default the last tenth of the patients, or, of a single patient, the last tenth of the slices.
+        dataset: HDF5 key of the volumes.
+        size: Side of the slices in pixels; volumes of another size are refused (convert them first).
+        patch_sizes: Patch sides in pixels, largest first; `[size]` with `pad: 0` trains on whole images.
+        probabilities: Of each patch size.
+        pad: Width of the zero border in pixels.
+        pixels_per_batch: Pixels a step and process.
+        batches_per_epoch: Steps between validations.
+        validation_batches: Fixed batches in a validation.
+        seed: Seed of order, places and noise.
+        num_workers: Worker processes that draw patches.
+        licence: Licence of the data, for the prior's card.
+    """
+
+    def __init__(
+        self,
+        paths: str | list[str],
+        validation: list[str] | None = None,
+        dataset: str = "data",
+        size: int = 256,
+        patch_sizes: list[int] = [56, 32, 16],  # noqa: B006
+        probabilities: list[float] = [0.5, 0.3, 0.2],  # noqa: B006
+        pad: int = 24,
+        pixels_per_batch: int = 100352,
+        batches_per_epoch: int = 250,
+        validation_batches: int = 8,
+        seed: int = 0,
+        num_workers: int = 0,
+        licence: str = "not stated",
+    ) -> None:
+        super().__init__(
+            size, patch_sizes, probabilities, pad, pixels_per_batch, batches_per_epoch, validation_batches, seed, num_workers
+        )
+        self.paths, self.validation, self.dataset, self.licence = paths, validation, dataset, licence
+
+    def load(self) -> tuple[Tensor, Tensor, Any]:
+        """Reads every volume and splits off the validation images."""
+        files = [file for file in find_volumes(self.paths) if not is_measurement(file)]
+        names = [file.name for file in files]
+        missing = set(self.validation or []) - set(names)
+        if missing or not files:
+            raise InputError(
+                f"data.validation names {sorted(missing)}, expected names among the volumes {names} of data.paths."
+                if files
+                else f"There is no CT volume in data.paths {self.paths}: only measurement files."
+            )
+        stacks, patients = zip(*(self._read(file) for file in files), strict=True)
+        held_out = self._held_out(names, patients)
+        train = [stack[~chosen] for stack, chosen in zip(stacks, held_out, strict=True)]
+        validation = [stack[chosen] for stack, chosen in zip(stacks, held_out, strict=True)]
+        self.train_names = [name for name, stack in zip(names, train, strict=True) if len(stack)]
+        if not self.train_names:
+            raise InputError(
+                f"Nothing is left to train on: data.paths {self.paths} hold {names} and validation takes all their slices."
+            )
+        return torch.cat(train)[:, None], torch.cat(validation)[:, None], self._encode
+
+    def _held_out(self, names: list[str], patients: Sequence[Sequence[str]]) -> list[Tensor]:
+        """Returns for each file which of its slices validate: no patient both trains and validates."""
+        if self.validation:
+            split: tuple[set[str], set[str]] = (set(), set())
+            for name, who in zip(names, patients, strict=True):
+                split[name in self.validation].update(who)
+            if both := sorted(split[0] & split[1]):
+                raise InputError(
+                    f"data.validation {self.validation} holds patients that other files of data.paths train on "
+                    f"({', '.join(both[:3])}); keep all files of a patient on one side."
+                )
+            return [torch.full((len(who),), name in self.validation) for name, who in zip(names, patients, strict=True)]
+        order = list(dict.fromkeys(patient for who in patients for patient in who))
+        chosen = set(order[-max(1, len(order) // 10) :])
+        if len(order) > 1:
+            return [torch.tensor([patient in chosen for patient in who]) for who in patients]
+        lengths = [len(who) for who in patients]
+        num = max(1, sum(lengths) // 10)
+        warnings.warn(
+            f"Training and validating on one patient, {order[0]}: the last {num} slices validate, but neighbouring "
+            "slices are alike. Give several patients with data.paths.",
+            stacklevel=4,
+        )
+        return list((torch.arange(sum(lengths)) >= sum(lengths) - num).split(lengths))
+
+    def _read(self, file: Path) -> tuple[Tensor, Sequence[str]]:
+        voxels, volume = read_volume(file, dataset=self.dataset)
+        if tuple(voxels.shape[1:]) != (self.size, self.size):
+            raise InputError(
+                f"'{file}' has slices of {tuple(voxels.shape[1:])} pixels, expected ({self.size}, {self.size}); "
+                f"convert it with `python -m invrecon.data.convert {file} OUT --size {self.size}` or set data.size."
+            )
+        return voxels.round().clamp(-(2**15), 2**15 - 1).short(), volume.patients
+
+    def _encode(self, values: Tensor) -> Tensor:
+        return self.intensity.encode(values.float())
+
+
+class EllipseTraining(PriorTraining):
+    """Random ellipse phantoms, made when training starts: no data set is needed.
+
+    Args:
+        num_phantoms: Training phantoms; as many as a sixteenth of them validate.
+        disk_diameter: Diameter of the disk that holds the ellipses, as a fraction of the image's width.
+        size: Side of the phantoms in pixels.
+        patch_sizes: Patch sides in pixels, largest first; `[size]` with `pad: 0` trains on whole images.
+        probabilities: Of each patch size.
+        pad: Width of the zero border in pixels.
+        pixels_per_batch: Pixels a step and process.
+        batches_per_epoch: Steps between validations.
+        validation_batches: Fixed batches in a validation.
+        seed: Seed of phantoms, order, places and noise.
+        num_workers: Worker processes that draw patches.
+    """
+
+    licence = "none: synthetic"
+
+    def __init__(
+        self,
+        num_phantoms: int = 2048,
+        disk_diameter: float = 0.9,
+        size: int = 256,
+        patch_sizes: list[int] = [56, 32, 16],  # noqa: B006
+        probabilities: list[float] = [0.5, 0.3, 0.2],  # noqa: B006
+        pad: int = 24,
+        pixels_per_batch: int = 100352,
+        batches_per_epoch: int = 250,
+        validation_batches: int = 8,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(
+            size, patch_sizes, probabilities, pad, pixels_per_batch, batches_per_epoch, validation_batches, seed, num_workers
+        )
+        self.num_phantoms, self.disk_diameter = num_phantoms, disk_diameter
+
+    def load(self) -> tuple[Tensor, Tensor, Any]:
+        """Draws the phantoms, each a function of (seed, index)."""
+        total = self.num_phantoms + max(1, self.num_phantoms // 16)
+        make = (
+            ellipse_phantom(self.size, make_generator(self.seed, "phantom", i), disk_diameter=self.disk_diameter)
+            for i in range(total)
+        )
+        images = torch.stack([phantom.half() for phantom in make])
+        self.train_names = [f"{self.num_phantoms} random ellipse phantoms, seed {self.seed}"]
+        return images[: self.num_phantoms], images[self.num_phantoms :], _decode_half
+
+
+def _decode_half(values: Tensor) -> Tensor:
+    return values.float()
