@@ -1,0 +1,69 @@
+"""Starts: the state in which a sampler begins."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from invrecon.methods.base import Method
+from invrecon.methods.classical import FBP
+from invrecon.rng import randn
+
+if TYPE_CHECKING:
+    from invrecon.operators.base import LinearOperator
+
+
+class Start(ABC):
+    """Gives the first state of a sampler."""
+
+    @abstractmethod
+    def __call__(
+        self, y: Tensor, operator: LinearOperator, sigma: float, generators: Sequence[torch.Generator]
+    ) -> Tensor:
+        """Returns the state `(B, *operator.image_shape)` at noise level `sigma`."""
+
+
+class NoiseStart(Start):
+    """Pure noise, `x = sigma n`: right where `sigma` dwarfs the image."""
+
+    def __call__(
+        self, y: Tensor, operator: LinearOperator, sigma: float, generators: Sequence[torch.Generator]
+    ) -> Tensor:
+        """Returns `sigma n`."""
+        return sigma * randn(tuple(operator.image_shape), generators, y)
+
+
+class EstimateStart(Start):
+    """Another method's estimate, as it is: `x = x_hat`.
+
+    Args:
+        method: A method that needs no prior; the operator's direct inverse, clipped to [0, 1], if None.
+    """
+
+    def __init__(self, method: Method | None = None) -> None:
+        self.method = FBP(clip=(0.0, 1.0)) if method is None else method
+
+    def __call__(
+        self, y: Tensor, operator: LinearOperator, sigma: float, generators: Sequence[torch.Generator]
+    ) -> Tensor:
+        """Returns `x_hat`."""
+        return self.method(y, operator).mean
+
+
+class NoisyEstimateStart(EstimateStart):
+    """Another method's estimate with noise, `x = x_hat + sigma n`: skips the levels above `sigma`.
+
+    Sound where the estimate's error is below `sigma` and the levels that follow can still mend its artefacts
+    (Chung, Sim & Ye, "Come-closer-diffuse-faster", CVPR 2022).
+    """
+
+    def __call__(
+        self, y: Tensor, operator: LinearOperator, sigma: float, generators: Sequence[torch.Generator]
+    ) -> Tensor:
+        """Returns `x_hat + sigma n`."""
+        x = super().__call__(y, operator, sigma, generators)
+        return x + sigma * randn(x.shape[1:], generators, x)
