@@ -1,0 +1,312 @@
+"""Results on disk while a run goes on: one small file a slice from any rank, one volume a case at the end.
+
+    <output>/.parts/<case>/<index>.h5    written by whichever rank reconstructed the slice
+    <output>/<case>.h5                   assembled slice by slice by one process: memory does not grow with N
+
+Either appears whole or not at all and carries the run's fingerprint. A rerun skips what is complete and
+refuses a folder of another run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from invrecon.errors import InputError
+from invrecon.files import TEMPORARY_SUFFIX, atomic_h5, to_json, write_csv, write_json
+from invrecon.metrics.summary import summarise, summarise_by
+from invrecon.report.volume import (
+    VOLUME_DATASETS,
+    has_mean,
+    open_volume,
+    read_attribute,
+    squeeze_channel,
+    voxel_of,
+    write_volume,
+)
+
+ROW_FIELDS = (
+    *("case", "slice", "patient", "method", "psnr", "ssim", "psnr_body", "relative_residual"),
+    *("num_evaluations", "num_operator_calls", "seconds", "peak_memory_mb", "seed"),
+)
+
+
+@dataclass
+class Part:
+    """What is stored of one slice.
+
+    Attributes:
+        id: `'<case>/<index:04d>'`.
+        arrays: By name: `mean`, `std`, `reference`, `baseline` `(H, W)`, `samples` `(S, H, W)`, ... in
+        `units`.
+        row: Its line of `metrics.csv`.
+        voxel_mm: Voxel size (z, y, x) in [mm].
+        source: The input file.
+    """
+
+    id: str
+    arrays: dict[str, np.ndarray]
+    row: dict[str, Any] = field(default_factory=dict)
+    voxel_mm: tuple[float, float, float] | None = None
+    source: str = ""
+
+    @property
+    def case(self) -> str:
+        """The case, i.e. the stem of its file."""
+        return self.id.rsplit("/", 1)[0]
+
+    @property
+    def index(self) -> int:
+        """The slice's index within its file."""
+        return int(self.id.rsplit("/", 1)[1])
+
+
+class PredictionStore:
+    """Keeps a run's slices safe while it goes on, and makes volumes of them when it ends.
+
+    Every rank calls `save`; after a barrier one process calls `assemble`. `completed` is asked before
+    anything is reconstructed, by every rank, with a barrier before the first `save`.
+
+    Args:
+        output_dir: The folder that holds all that the run writes.
+        units: Of the stored images.
+        provenance: Written into every volume as JSON: see `provenance.provenance`.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str],
+        units: str = "HU",
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.parts_dir = self.output_dir / ".parts"
+        self.units = units
+        self.provenance = dict(provenance or {})
+
+    def completed(self, fingerprint: str) -> set[str]:
+        """Returns the ids of slices that need not be reconstructed again, from parts and volumes.
+
+        Args:
+            fingerprint: Identity of this run's settings: see `provenance.fingerprint`.
+
+        Raises:
+            InputError: The folder holds results of another run, or a volume that cannot be read.
+        """
+        ids = set()
+        for path in self._part_paths():
+            try:
+                found = read_attribute(path, "fingerprint")
+            except (OSError, KeyError):  # a damaged part is simply computed again
+                continue
+            self._check(path, found, fingerprint)
+            ids.add(_id_of(path))
+        for path in self._volume_paths():
+            with open_volume(path) as file:
+                self._check(path, str(file.attrs["fingerprint"]), fingerprint)
+                ids.update(f"{path.stem}/{index:04d}" for index in file["slices"][:].tolist())
+        return ids
+
+    def save(
+        self,
+        case_id: str,
+        fingerprint: str,
+        arrays: Mapping[str, Tensor | np.ndarray | None],
+        row: Mapping[str, Any] | None = None,
+        *,
+        voxel_mm: Sequence[float] | None = None,
+        source: str = "",
+    ) -> Path:
+        """Writes one slice's part, atomically.
+
+        Args:
+            case_id: `'<case>/<index:04d>'`.
+            fingerprint: As given to `completed`.
+            arrays: Images in the store's units, `(H, W)` or `(1, H, W)`; `samples` as `(S, H, W)` or `(S, 1,
+            H, W)`.
+                `mean`, `std` and `samples` go into the volume, anything else (`reference`, `baseline`,
+                `residual`, ...) is kept for figures until `assemble`. None is skipped.
+            row: The slice's line of `metrics.csv`.
+            voxel_mm: Voxel size (z, y, x) in [mm].
+            source: The input file.
+
+        Raises:
+            InputError: The disk is full or the folder cannot be written to.
+        """
+        path = self._part_path(case_id)
+        with atomic_h5(path) as file:
+            for name, value in arrays.items():
+                if value is not None:
+                    file.create_dataset(name, data=squeeze_channel(value, keep_first=name == "samples"))
+            file.attrs["fingerprint"] = fingerprint
+            file.attrs["row"] = to_json(row or {})
+            file.attrs["source"] = str(source)
+            if voxel_mm is not None:
+                file.attrs["voxel_mm"] = np.asarray(voxel_mm, dtype=np.float64)
+        return path
+
+    def read(self, case_id: str) -> Part:
+        """Reads one slice back, from its part if it is still there, else from its volume.
+
+        Raises:
+            InputError: There is no such slice.
+        """
+        import h5py
+
+        path = self._part_path(case_id)
+        if path.exists():
+            with h5py.File(path, "r") as file:
+                arrays = {name: file[name][()] for name in file}
+                return Part(
+                    case_id, arrays, json.loads(file.attrs["row"]), voxel_of(file), str(file.attrs["source"])
+                )
+        case, index = case_id.rsplit("/", 1)
+        volume = self._volume_path(case)
+        if volume.exists():
+            with open_volume(volume) as file:
+                positions = np.nonzero(file["slices"][:] == int(index))[0]
+                if len(positions):
+                    n = int(positions[0])
+                    arrays = {name: file[name][n] for name in VOLUME_DATASETS if name in file}
+                    row = json.loads(file["rows"].asstr()[n])
+                    return Part(case_id, arrays, row, voxel_of(file), str(file.attrs["source"]))
+        raise InputError(f"{self.output_dir} holds no result for '{case_id}': run predict first.")
+
+    def ids(self) -> list[str]:
+        """Ids of all stored slices, sorted."""
+        found = {_id_of(path) for path in self._part_paths()}
+        for path in self._volume_paths():
+            with open_volume(path) as file:
+                found.update(f"{path.stem}/{index:04d}" for index in file["slices"][:].tolist())
+        return sorted(found, key=_order)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.csv`, sorted by case and slice, whatever rank or run wrote them."""
+        import h5py
+
+        rows: dict[str, dict[str, Any]] = {}
+        for path in self._volume_paths():
+            with open_volume(path) as file:
+                texts = file["rows"].asstr()[:]
+                for index, text in zip(file["slices"][:].tolist(), texts, strict=True):
+                    rows[f"{path.stem}/{index:04d}"] = json.loads(text)
+        for path in self._part_paths():
+            with h5py.File(path, "r") as file:
+                rows[_id_of(path)] = json.loads(file.attrs["row"])
+        return [rows[key] for key in sorted(rows, key=_order) if rows[key]]
+
+    def assemble(self) -> list[Path]:
+        """Makes one volume a case of its parts, one slice in memory at a time, and removes the parts.
+
+        A volume that is there already is kept and extended. Each volume replaces its predecessor atomically
+        and only then its parts go, so a kill at any point loses nothing. Parts without a `mean` (of a `test`)
+        stay.
+
+        Returns:
+            The volumes that were written.
+
+        Raises:
+            InputError: The disk is full, or slices of one case disagree in shape or source.
+        """
+        written = []
+        for folder in sorted(self.parts_dir.glob("*/")):
+            parts = {int(path.stem): path for path in sorted(folder.glob("[0-9]*.h5"))}
+            first = next(iter(parts.values()), None)
+            if first is None or not has_mean(first):
+                continue
+            path = self._volume_path(folder.name)
+            write_volume(path, parts, self.units, self.provenance)
+            written.append(path)
+            shutil.rmtree(folder)
+        if written:
+            _remove_if_empty(self.parts_dir)
+        return written
+
+    def clear(self) -> None:
+        """Removes all parts; volumes, tables and figures stay."""
+        shutil.rmtree(self.parts_dir, ignore_errors=True)
+
+    def _check(self, path: Path, found: str, expected: str) -> None:
+        if found != expected:
+            raise InputError(
+                f"{self.output_dir} holds results of another run: {path.name} was made with other settings, "
+                f"weights or inputs (fingerprint {found[:12]}, expected {expected[:12]}). Choose another "
+                "--output, or remove that folder."
+            )
+
+    def _part_path(self, case_id: str) -> Path:
+        case, index = case_id.rsplit("/", 1)
+        return self.parts_dir / _safe(case) / f"{int(index):04d}.h5"
+
+    def _volume_path(self, case: str) -> Path:
+        return self.output_dir / f"{_safe(case)}.h5"
+
+    def _part_paths(self) -> Iterator[Path]:
+        return iter(sorted(self.parts_dir.glob("*/[0-9]*.h5")))
+
+    def _volume_paths(self) -> Iterator[Path]:
+        return iter(sorted(path for path in self.output_dir.glob("*.h5") if path.is_file()))
+
+
+def write_metrics(
+    output_dir: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]], seed: int = 0
+) -> dict[str, Any]:
+    """Writes `metrics.csv` (a row a slice) and `summary.json`, and returns the latter's content.
+
+    Args:
+        output_dir: Where.
+        rows: As of `PredictionStore.rows`. With one method the summary is that of `metrics.summarise`, so
+        that
+            `psnr.mean` is `summary["psnr"]["mean"]`; with several it maps each method to its own.
+        seed: Of the bootstrap.
+
+    Raises:
+        InputError: The disk is full or the folder cannot be written to.
+    """
+    named = summarise_by(rows, "method", seed=seed)
+    summary = next(iter(named.values())) if len(named) == 1 else (named or summarise([]))
+    write_csv(Path(output_dir) / "metrics.csv", rows, ROW_FIELDS)
+    write_json(Path(output_dir) / "summary.json", summary)
+    return summary
+
+
+def remove_leftovers(output_dir: str | os.PathLike[str]) -> None:
+    """Removes temporary files that a kill left behind; call from one process before any rank writes."""
+    root = Path(output_dir)
+    for pattern in (
+        f".*{TEMPORARY_SUFFIX}",
+        f".parts/*/.*{TEMPORARY_SUFFIX}",
+        f"figures/.*{TEMPORARY_SUFFIX}",
+    ):
+        for path in root.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
+def _safe(case: str) -> str:
+    """The case's name, which has to be one path component: it becomes a file inside the output folder."""
+    if "/" in case or "\0" in case or case in ("", ".", ".."):
+        raise InputError(f"A case's name becomes a file name, got '{case}': rename its file.")
+    return case
+
+
+def _id_of(path: Path) -> str:
+    return f"{path.parent.name}/{int(path.stem):04d}"
+
+
+def _order(case_id: str) -> tuple[str, int]:
+    case, index = case_id.rsplit("/", 1)
+    return case, int(index)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):  # parts of a test, or of another case, remain
+        folder.rmdir()

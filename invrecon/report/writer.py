@@ -1,0 +1,204 @@
+"""Keeps what `test` and `predict` give: volumes, tables, figures and a page, whatever rank made them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+from torch import Tensor
+
+from invrecon.files import atomic_write
+from invrecon.metrics.summary import format_table
+from invrecon.report.provenance import file_identity, fingerprint, provenance
+from invrecon.report.store import Part, PredictionStore, remove_leftovers, write_metrics
+
+# What changes no number of a result, and so must not keep a run from being continued.
+NEUTRAL = {
+    "model": {"num_figures"},
+    "data": {"paths", "slices", "batch_size", "num_workers"},
+}
+
+
+class ResultWriter(lightning.Callback):
+    """Writes each slice as soon as it is reconstructed, and at the end what is made of all of them.
+
+    Every rank writes its own slices; rank zero then writes `metrics.csv`, `summary.json` and, for `predict`, one
+    HDF5 volume a case, figures and `report.html`. A slice that is there already from the same run is not
+    reconstructed again.
+
+    Args:
+        output: Folder of the run; that of rank zero counts.
+        config: The resolved configuration, as nested dictionaries.
+        config_text: The same, as YAML.
+        command: The command line.
+    """
+
+    def __init__(self, output: Path, config: Mapping[str, Any], config_text: str, command: list[str]) -> None:
+        self.output, self.config, self.config_text, self.command = output, config, config_text, command
+        self.store: PredictionStore
+        self.fingerprint = ""
+        self.drawn: set[str] = set()
+
+    def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
+        """Agrees on the folder, refuses one of another run, and tells the data module what is done."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        self.output = Path(trainer.strategy.broadcast(str(self.output)))
+        origin = provenance(
+            self.config, weights_sha256=pl_module.weights_sha256, seed=pl_module.seed, command=self.command
+        )
+        self.store = PredictionStore(self.output, data.intensity.units, origin)
+        index = data.case_index()
+        inputs = [file_identity(path) for path, _ in index if Path(path).exists()]
+        self.fingerprint = fingerprint(self._settings(stage), pl_module.weights_sha256, inputs)
+        done = self.store.completed(self.fingerprint)
+        trainer.strategy.barrier("completed")  # nobody writes before everybody has looked
+        if trainer.is_global_zero:
+            remove_leftovers(self.output)
+            with atomic_write(self.output / "config.yaml") as file:
+                file.write(self.config_text.encode())
+        trainer.strategy.barrier("cleaned")
+        if stage == "predict":
+            data.skip_ids = done
+            if done and trainer.is_global_zero:
+                print(
+                    f"{len(done)} of {len(data.case_ids())} slices are complete in {self.output}; going on with the rest."
+                )
+        for path, indices in index:
+            num = min(pl_module.num_figures, len(indices))
+            chosen = {indices[(2 * k + 1) * len(indices) // (2 * num)] for k in range(num)}
+            self.drawn |= {name for name in data.case_ids() if _splits(name, Path(path).name, chosen)}
+
+    def _settings(self, stage: str) -> dict[str, Any]:
+        settings: dict[str, Any] = {"command": stage}
+        for key, neutral in NEUTRAL.items():
+            section = dict(self.config.get(key) or {})
+            arguments = {k: v for k, v in (section.get("init_args") or {}).items() if k not in neutral}
+            settings[key] = {"class_path": section.get("class_path"), "init_args": arguments}
+        return settings
+
+    def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *unused: Any) -> None:
+        """Keeps the metrics of a batch."""
+        for b, name in enumerate(outputs.batch.id):
+            self.store.save(name, self.fingerprint, {}, outputs.rows[b], source=outputs.batch.source[b])
+
+    def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *unused: Any) -> None:
+        """Keeps the images and metrics of a batch."""
+        scale, decode = trainer.datamodule.intensity.scale, trainer.datamodule.intensity.decode
+        estimate, batch = outputs.estimate, outputs.batch
+        for b, name in enumerate(batch.id):
+            arrays: dict[str, Tensor | None] = {"mean": decode(estimate.mean[b])}
+            if estimate.std is not None:
+                arrays["std"] = scale * estimate.std[b]
+            if estimate.samples is not None and pl_module.save_samples:
+                arrays["samples"] = decode(estimate.samples[b])
+            if name in self.drawn:
+                arrays["baseline"] = (
+                    None if outputs.baseline is None else decode(outputs.baseline[b].clamp(0, 1))
+                )
+                arrays["reference"] = None if outputs.reference is None else decode(outputs.reference[b])
+            voxel = batch.voxel_mm[b] if batch.voxel_mm else None
+            if voxel is not None and batch.reference is not None:  # stored finer than it is reconstructed
+                factor = batch.reference.shape[-1] / estimate.mean.shape[-1]
+                voxel = (voxel[0], voxel[1] * factor, voxel[2] * factor)
+            self.store.save(
+                name, self.fingerprint, arrays, outputs.rows[b], voxel_mm=voxel, source=batch.source[b]
+            )
+
+    def on_test_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Writes and prints the table."""
+        trainer.strategy.barrier("written")
+        if trainer.is_global_zero:
+            summary = write_metrics(self.output, self.store.rows())
+            self.store.clear()
+            print(format_table({_label(pl_module): summary}))
+            print(f"Written to {self.output}: metrics.csv, summary.json.")
+
+    def on_predict_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Writes figures, tables, the page and the volumes."""
+        trainer.strategy.barrier("written")
+        if not trainer.is_global_zero:
+            return
+        rows = self.store.rows()
+        summary = write_metrics(self.output, rows)
+        parts = [self.store.read(name) for name in self.store.ids() if name in self.drawn]
+        drawn = [part for part in parts if not self._figure(part).exists()]
+        for part in drawn:
+            self._draw(part, pl_module)
+        volumes = self.store.assemble()
+        self._write_page(parts, rows, summary, pl_module, trainer)
+        if any("psnr" in row for row in rows):
+            print(format_table({_label(pl_module): summary}))
+        names = ", ".join(path.name for path in volumes) or "nothing new"
+        print(f"Written to {self.output}: {names}; report.html, metrics.csv, summary.json and figures.")
+
+    def _figure(self, part: Part) -> Path:
+        return self.output / "figures" / f"{part.case}_{part.index:04d}.png"
+
+    def _draw(self, part: Part, pl_module: Any) -> None:
+        from invrecon.report.figures import case_figure
+
+        images = {"Direct inverse": part.arrays["baseline"]} if "baseline" in part.arrays else {}
+        case_figure(
+            self._figure(part),
+            {**images, type(pl_module.method).__name__: part.arrays["mean"]},
+            reference=part.arrays.get("reference"),
+            std=part.arrays.get("std"),
+            title=f"{part.case}, slice {part.index}",
+            subtitle=f"{pl_module.describe()['operator']}, {pl_module.describe()['noise']}",
+            voxel_mm=part.voxel_mm,
+        )
+
+    def _write_page(
+        self, parts: list[Part], rows: list[dict[str, Any]], summary: Any, pl_module: Any, trainer: Any
+    ) -> None:
+        from invrecon.report.figures import choose_windows, image_png
+        from invrecon.report.html import Comparison, Figure, write_report
+
+        comparisons = []
+        for part in parts[:2]:
+            if "reference" in part.arrays:
+                window = choose_windows(part.arrays["reference"])[-1]
+                images = {
+                    "Reference": image_png(part.arrays["reference"], window),
+                    "Reconstruction": image_png(part.arrays["mean"], window),
+                }
+                comparisons.append(
+                    Comparison(images, f"{part.case}, slice {part.index}, {window.name} window")
+                )
+        facts = {
+            "made": time.strftime("%Y-%m-%d %H:%M"),
+            "data": sorted({Path(part.source).name for part in parts}),
+            **pl_module.describe(),
+            "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}",
+            "weights (SHA-256)": pl_module.weights_sha256,
+            "versions": self.store.provenance["versions"],
+        }
+        figures = [
+            Figure(self._figure(part), f"{part.case}, slice {part.index}")
+            for part in parts
+            if self._figure(part).exists()
+        ]
+        write_report(
+            self.output / "report.html",
+            facts,
+            summary if any("psnr" in row for row in rows) else None,
+            rows,
+            figures,
+            self.config_text,
+            title="Reconstruction report",
+            subtitle=f"{_label(pl_module)}: {pl_module.describe()['operator']}",
+            command=self.store.provenance["command"],
+            comparisons=comparisons,
+        )
+
+
+def _label(pl_module: Any) -> str:
+    return type(pl_module.method).__name__
+
+
+def _splits(case_id: str, file_name: str, indices: set[int]) -> bool:
+    stem, index = case_id.rsplit("/", 1)
+    return int(index) in indices and (file_name == stem or file_name.startswith(f"{stem}."))
