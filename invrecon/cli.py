@@ -1,0 +1,269 @@
+"""The command line: `invrecon fit | validate | test | predict --config NAME.yaml`."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import logging
+import re
+import shlex
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning
+import yaml
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+# Short class names resolve among imported classes: these imports are the vocabulary of the configs.
+import invrecon.data.generation
+import invrecon.data.reconstruction
+import invrecon.data.training
+import invrecon.methods
+import invrecon.operators
+import invrecon.priors.unet
+import invrecon.tasks.reconstruction
+import invrecon.tasks.score_matching
+from invrecon.errors import InputError
+from invrecon.report.writer import ResultWriter
+from invrecon.shared import find_shared, shared_folder
+from invrecon.tasks.checkpoint import AtomicCheckpointIO, ExportPrior
+from invrecon.tasks.previews import TrainingPreviews
+
+# Where the classes are that an argument of the model takes, for messages.
+CHOICES: dict[str, tuple[Any, type]] = {
+    "method": (invrecon.methods, invrecon.methods.Method),
+    "operator": (invrecon.operators, invrecon.operators.LinearOperator),
+    "noise": (invrecon.operators, invrecon.operators.NoiseModel),
+}
+
+
+class InvreconCLI(LightningCLI):
+    """LightningCLI with one more argument, `--output`, under which everything that a run writes is found."""
+
+    output: Path
+    command: list[str]
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Makes a parser that raises, so that one sentence can say what was wrong."""
+        return super().init_parser(exit_on_error=False, **kwargs)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses the arguments.
+
+        Raises:
+            InputError: If they are not understood.
+        """
+        try:
+            super().parse_arguments(parser, args)
+        except argparse.ArgumentError as error:
+            missing = "" if any(arg.startswith(("--config", "-c")) for arg in args) else " No --config was given."
+            raise InputError(complaint(str(error)) + missing) from None
+
+    def _parse_ckpt_path(self) -> None:
+        """Takes no settings from a checkpoint: it is for resuming alone, and is read once, by `AtomicCheckpointIO`."""
+
+    def instantiate_classes(self) -> None:
+        """Builds model, data and trainer; what they refuse comes out in their own words, not wrapped by the parser."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, InputError):
+                cause = cause.__cause__
+            if cause is None:
+                raise
+            raise cause from None
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds `--output`."""
+        parser.add_argument(
+            "--output",
+            type=str | None,
+            default=None,
+            help="folder of all that the run writes (default: outputs/<command>/<time>, of fit and validate outputs/fit/<config>)",
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
+        """Gives the Trainer the run's folder."""
+        config = self.config[self.subcommand]
+        self.output = Path(config.output or default_output(self.subcommand, _config_name(config)))
+        return super().instantiate_trainer(default_root_dir=str(self.output), **kwargs)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[lightning.Callback]) -> lightning.Trainer:
+        """Adds what the command needs: checkpoints, logs and export to `fit`, a writer to `test` and `predict`."""
+        if self.subcommand in ("test", "predict"):
+            self.save_config_callback = None  # the writer keeps the configuration, once it knows the folder is ours
+            callbacks = [*callbacks, self._writer()]
+            config["logger"] = False
+            config["enable_checkpointing"] = False
+            config["inference_mode"] = False  # guidance and adaptation need autograd
+        elif self.subcommand == "fit":
+            callbacks = [*callbacks, *self._training_callbacks()]
+        else:
+            self.save_config_callback = None
+            config["logger"] = False
+        if self.subcommand == "fit" and config.get("logger") is None:
+            config["logger"] = TensorBoardLogger(str(self.output), name="tensorboard", version="")
+        if config.get("enable_progress_bar") is not False and sys.stderr.isatty():
+            callbacks = [*callbacks, RichProgressBar()]
+        config["plugins"] = [*(config.get("plugins") or []), AtomicCheckpointIO()]
+        config["use_distributed_sampler"] = False  # the data modules share out batches and cases themselves
+        return super()._instantiate_trainer(config, callbacks)
+
+    def _writer(self) -> ResultWriter:
+        parser, config = self._parser(self.subcommand), self.config[self.subcommand]
+        text = parser.dump(config, skip_link_targets=False, skip_none=False)
+        return ResultWriter(self.output, yaml.safe_load(text), text, self.command)
+
+    def _training_callbacks(self) -> list[lightning.Callback]:
+        newest = ModelCheckpoint(
+            dirpath=self.output / "checkpoints",
+            filename="last",
+            every_n_epochs=1,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+        return [
+            newest,
+            LearningRateMonitor("step"),
+            TrainingPreviews(),
+            ExportPrior(str(self.output), shlex.join(self.command)),
+        ]
+
+    def before_fit(self) -> None:
+        """Resumes from the run's last checkpoint, so that the same command continues an interrupted run."""
+        last = self.output / "checkpoints" / "last.ckpt"
+        if self.config_init[self.subcommand].get("ckpt_path") is None and last.is_file():
+            self.config_init[self.subcommand].ckpt_path = str(last)
+
+    def before_validate(self) -> None:
+        """Validates what the run has learned so far.
+
+        Raises:
+            InputError: If it has left no checkpoint.
+        """
+        self.before_fit()
+        if self.config_init.validate.get("ckpt_path") is None:
+            raise InputError(
+                f"There is no checkpoint in {self.output} to validate: give the --output of a `fit`, or --ckpt_path."
+            )
+
+    def before_predict(self) -> None:
+        """Keeps no predictions in memory: the writer has them."""
+        self.config_init.predict.return_predictions = False
+
+
+def _config_name(config: Any) -> str:
+    paths = config.get("config") or []
+    return Path(str(paths[-1])).stem if paths else "run"
+
+
+def default_output(command: str, config_name: str) -> Path:
+    """Returns where a run writes by default: a fit can be found again by its config, other runs by their time."""
+    if command in ("fit", "validate"):
+        return Path("outputs") / "fit" / config_name
+    return Path("outputs") / command / time.strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def resolve_configs(args: list[str]) -> list[str]:
+    """Replaces bare config names by the shipped files of that name; an existing file wins.
+
+    Raises:
+        InputError: If a config is neither a file nor the name of a shipped one.
+    """
+    resolved = list(args)
+    for i, arg in enumerate(args):
+        if arg in ("--config", "-c") and i + 1 < len(args):
+            resolved[i + 1] = str(_config(args[i + 1]))
+        elif arg.startswith("--config="):
+            resolved[i] = "--config=" + str(_config(arg.removeprefix("--config=")))
+    return resolved
+
+
+def spell_slices(args: list[str]) -> list[str]:
+    """Writes `--data.slices 5:` as `5::`, because the parser takes `5:` for a YAML mapping."""
+    text = "\0".join(args)
+    return re.sub(r"(--data\.slices[\0=]\d+:)(?=\0|$)", r"\1:", text).split("\0") if args else []
+
+
+def _config(name: str) -> Path:
+    path = find_shared(name, "configs", ".yaml")
+    if not path.is_file():
+        shipped = ", ".join(sorted(p.name for p in shared_folder("configs").glob("*.yaml")))
+        raise InputError(f"There is no config file '{name}'; give a path, or one of the shipped configs: {shipped}.")
+    return path
+
+
+def complaint(text: str) -> str:
+    """Returns, in one sentence, what is wrong by a parser's error, which goes through every type that it has tried."""
+    key = ".".join(re.findall(r'Parser key "([\w.]+)"', text))
+    name = re.search(r"Expected a dot import path string: (\S+)", text)
+    module, kind = CHOICES.get(key.rpartition(".")[2], (None, object))
+    if name and module:
+        classes = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, kind)]
+        names = sorted(c.__name__ for c in classes if not inspect.isabstract(c))
+        return f"{key} is '{name[1]}', expected one of {', '.join(names)}."
+    noise = r"Parser key|Does not validate|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value|Problem with given"
+    lines = [line.strip(" -.") for line in text.splitlines()]
+    wrong = "; ".join(line for line in lines if line and not re.match(noise, line))
+    return f"{key + ': ' if key else ''}{wrong}. `invrecon COMMAND --help` lists what there is."
+
+
+def main(args: list[str] | None = None) -> InvreconCLI:
+    """Runs the command line.
+
+    Args:
+        args: Arguments without the program's name; those of the process by default.
+
+    Returns:
+        The CLI object, whose `trainer`, `model` and `datamodule` a notebook may go on with.
+
+    Raises:
+        InputError: If anything that the user gave cannot be used.
+    """
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*`isinstance.treespec, LeafSpec.` is deprecated.*")
+    warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
+    warnings.filterwarnings("ignore", ".*is not supported by the model summary.*")
+    warnings.filterwarnings("ignore", ".*Your `IterableDataset` has `__len__` defined.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
+    warnings.filterwarnings("ignore", ".*module.s. in eval mode at the start of training.*")
+    args = sys.argv[1:] if args is None else args
+    InvreconCLI.command = ["invrecon", *args]
+    args = spell_slices(resolve_configs(args))
+    return InvreconCLI(
+        lightning.LightningModule,
+        lightning.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+        parser_kwargs={"prog": "invrecon", "description": __doc__},
+        args=args,
+    )
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    """Keeps Lightning's advertisements out of the output."""
+    return "Tip:" not in record.getMessage()
+
+
+def main_entry() -> None:
+    """The console script: one sentence and status 1 for what the user can mend, a traceback only for our own faults."""
+    try:
+        main()
+    except InputError as error:
+        print(f"invrecon: {error}", file=sys.stderr)
+        sys.exit(1)
+    except MisconfigurationException as error:
+        print(f"invrecon: {str(error).splitlines()[0]} Look at the `trainer` options.", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("invrecon: interrupted; run the same command again to continue.", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,97 @@
+"""What a training run shows in TensorBoard beside its losses: pictures, and the quality that counts in the end."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+
+from invrecon.methods.sampling import ProximalDiffusion, sample_prior
+from invrecon.methods.schedule import KarrasSchedule
+from invrecon.methods.transitions import DDIM
+from invrecon.metrics.image import psnr
+from invrecon.operators.ct import ParallelBeamCT
+from invrecon.rng import make_generators, randn
+from invrecon.tasks.score_matching import ScoreMatching
+
+
+class TrainingPreviews(lightning.Callback):
+    """Logs patches per second, denoised examples, unconditional samples and the PSNR of a quick reconstruction.
+
+    All on the middle validation slice with the averaged weights and with generators of their own, so that a run
+    with previews learns the same weights as one without.
+
+    Args:
+        every_n_validations: How often pictures and the reconstruction are made.
+        num_views: Views of the quick noise-free reconstruction.
+        num_levels: Noise levels of the reconstruction and of the unconditional sample.
+        sigmas: Noise levels of the denoised examples.
+    """
+
+    def __init__(
+        self,
+        every_n_validations: int = 4,
+        num_views: int = 20,
+        num_levels: int = 20,
+        sigmas: tuple[float, ...] = (0.01, 0.05, 0.2, 1.0),
+    ) -> None:
+        self.every_n_validations, self.num_views = every_n_validations, num_views
+        self.num_levels, self.sigmas = num_levels, sigmas
+        self._mark: tuple[float, int] | None = None
+        self._operator: ParallelBeamCT | None = None
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Starts the clock of an epoch."""
+        self._mark = (time.perf_counter(), int(pl_module.num_patches))
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Logs the epoch's training throughput before validation takes its time."""
+        if self._mark is not None and trainer.logger is not None:
+            seconds, patches = time.perf_counter() - self._mark[0], int(pl_module.num_patches) - self._mark[1]
+            values = {
+                "train/patches_per_second": patches / seconds,
+                "train/patches": int(pl_module.num_patches),
+                "train/pixels": int(pl_module.num_pixels),
+            }
+            trainer.logger.log_metrics(values, step=trainer.global_step)
+            self._mark = None
+
+    @torch.no_grad()
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Makes the pictures and the quick reconstruction, on rank zero."""
+        board = getattr(trainer.logger, "experiment", None)
+        due = (trainer.current_epoch + 1) % self.every_n_validations == 0
+        if not due or trainer.sanity_checking or not hasattr(board, "add_image") or not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, ScoreMatching)
+        step, prior = trainer.global_step, pl_module.prior()
+        images = pl_module.data.validation_images()
+        x = images[len(images) // 2 : len(images) // 2 + 1].to(pl_module.device)
+        noise = randn(x.shape[1:], make_generators(0, ["preview"]), like=x)
+        denoised = [prior(x + s * noise, s, generators=make_generators(0, [str(s)])) for s in self.sigmas]
+        noisy = [x + s * noise for s in self.sigmas]
+        board.add_image("denoised (above: noisy)", _grid(noisy, denoised), step)
+        sample = sample_prior(
+            prior, x.shape[1:], make_generators(0, ["sample"]), KarrasSchedule(self.num_levels, 10.0, 0.01), DDIM(1.0), x
+        )
+        if self._operator is None:
+            self._operator = ParallelBeamCT(size=tuple(x.shape[-2:]), num_views=self.num_views).to(x.device)
+        y = self._operator(x)
+        method = ProximalDiffusion(num_levels=self.num_levels)
+        estimate = method(y, self._operator, prior, generators=make_generators(0, ["quick"])).mean
+        board.add_image(
+            "reference, direct inverse, reconstruction, unconditional sample",
+            _grid([x, self._operator.baseline(y), estimate, sample]),
+            step,
+        )
+        value = float(psnr(estimate, x)[0])
+        trainer.logger.log_metrics({f"validation/psnr_{self.num_views}_views": value}, step=step)  # type: ignore[union-attr]
+        trainer.callback_metrics[f"validation/psnr_{self.num_views}_views"] = torch.tensor(value)
+
+
+def _grid(*rows: list[Tensor]) -> Tensor:
+    """Returns rows of images `(1, C, H, W)` as one grey picture `(1, rows H, columns W)` in [0, 1]."""
+    return torch.cat([torch.cat([x[0, :1] for x in row], dim=-1) for row in rows], dim=-2).clamp(0, 1).cpu()

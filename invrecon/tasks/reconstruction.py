@@ -1,0 +1,249 @@
+"""From measurements to images: the task behind `invrecon test` and `invrecon predict`."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import lightning
+import torch
+import torch.nn.functional as nnf
+from torch import Tensor
+
+from invrecon.data.cases import CaseBatch
+from invrecon.data.intensity import Intensity
+from invrecon.errors import InputError
+from invrecon.methods.base import Estimate, Method
+from invrecon.metrics.image import body_mask, masked_psnr, psnr, ssim
+from invrecon.operators.base import LinearOperator
+from invrecon.operators.ct import CT, ct_from_geometry
+from invrecon.operators.noise import NoiseModel, NoNoise
+from invrecon.priors.base import Prior
+from invrecon.priors.weights import PriorCard, file_hash, load_prior
+from invrecon.rng import make_generators
+from invrecon.shared import find_shared
+
+PRECISIONS = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
+
+
+@dataclass
+class Result:
+    """What one batch gave: arrays `(B, ...)` in intensity units, and a line of metrics a slice.
+
+    Attributes:
+        batch: The cases.
+        estimate: What the method returned.
+        reference: On the reconstruction's grid, or None.
+        baseline: The operator's direct inverse, for the figures.
+        rows: One dictionary a slice.
+    """
+
+    batch: CaseBatch
+    estimate: Estimate
+    reference: Tensor | None
+    baseline: Tensor | None
+    rows: list[dict[str, Any]]
+
+
+class Reconstruction(lightning.LightningModule):
+    """Reconstructs cases by any method, with any prior and operator.
+
+    A case with a reference is measured first (by the operator on the reference's own grid, then noise); the method
+    sees the measurement alone. A case of a measurement file is reconstructed as it is, by the operator of its
+    geometry. Every draw is a function of (seed, case), so batches and ranks change nothing.
+
+    Args:
+        operator: The physics; for measurement files, its image size and kind of filter.
+        method: Turns `y` into `x`.
+        noise: Noise of simulated measurements; none by default.
+        prior: A prior file, or the bare name of a shipped one; None for methods without a prior.
+        precision: Of the prior's network: `32`, `bf16` or `16`. State and operators are float32 always.
+        seed: Of noise and sampling.
+        num_figures: Slices a volume that `predict` draws.
+        save_samples: Whether `predict` writes every posterior sample beside mean and standard deviation.
+    """
+
+    def __init__(
+        self,
+        operator: LinearOperator,
+        method: Method,
+        noise: NoiseModel | None = None,
+        prior: str | None = None,
+        precision: str = "bf16",
+        seed: int = 0,
+        num_figures: int = 4,
+        save_samples: bool = False,
+    ) -> None:
+        super().__init__()
+        if precision not in PRECISIONS:
+            raise InputError(f"model.precision is '{precision}', expected one of {', '.join(PRECISIONS)}.")
+        self.operator, self.method, self.noise = operator, method, noise or NoNoise()
+        self.precision, self.seed = precision, seed
+        self.num_figures, self.save_samples = num_figures, save_samples
+        self.prior: Prior | None = None
+        self.card: PriorCard | None = None
+        self.weights_sha256: str | None = None
+        self._fine: dict[int, LinearOperator] = {}
+        if method.needs_prior and prior is None:
+            raise InputError(
+                f"{type(method).__name__} needs a prior and model.prior is not set: give a prior file, or the name of a "
+                "shipped one such as patch_ct."
+            )
+        if prior is not None:
+            path = find_shared(prior, "checkpoints", ".safetensors")
+            self.prior, self.card = load_prior(path)
+            self.prior.denoiser.compute_dtype = PRECISIONS[precision]  # type: ignore[union-attr]
+            self.weights_sha256 = file_hash(path)
+
+    def setup(self, stage: str) -> None:
+        """Checks that prior, data and operator speak of the same images.
+
+        Raises:
+            InputError: If the intensity scales or numbers of channels differ.
+        """
+        intensity = self._intensity()
+        if self.card is not None:
+            if self.card.intensity != asdict(intensity):
+                raise InputError(
+                    f"The prior was trained on the intensity scale {self.card.intensity}, the data have "
+                    f"{asdict(intensity)}: use a prior of this scale, or train one."
+                )
+            channels = self.card.network["image_channels"]
+            if channels != self.operator.image_shape[0]:
+                raise InputError(
+                    f"The prior has {channels} image channels, {type(self.operator).__name__} has "
+                    f"{self.operator.image_shape[0]}: use a prior of such images."
+                )
+        size = getattr(getattr(self.trainer, "datamodule", None), "size", None)
+        if size is not None and self.operator.image_shape[1:] != (size, size):
+            raise InputError(
+                f"data.size is {size}, but the operator's images are {self.operator.image_shape[1:]}: set "
+                "model.operator.size and data.size alike."
+            )
+
+    def _intensity(self) -> Intensity:
+        return getattr(getattr(self.trainer, "datamodule", None), "intensity", Intensity())
+
+    def measure(self, batch: CaseBatch) -> tuple[Tensor | None, LinearOperator, Tensor | None]:
+        """Returns measurements, the operator bound to them, and the reference on the reconstruction's grid.
+
+        A reference `k` times finer than the reconstruction is measured on its own grid and block-averaged, so that
+        no inverse crime is committed. A case without either is one to generate: its measurement is None.
+        """
+        if batch.measurement is not None:
+            return batch.measurement, self.operator.bind(batch), None
+        x = batch.reference
+        if x is None:
+            return None, self.operator, None
+        factor = x.shape[-1] // self.operator.image_shape[-1]
+        clean = (self.operator if factor == 1 else self._finer(factor))(x)
+        generators = make_generators(self.seed, [f"noise/{name}" for name in batch.id])
+        y, std = self.noise.sample(clean, generators, length_mm=self._length_mm(batch))
+        return y, self.operator.bind(replace(batch, noise_std=std)), nnf.avg_pool2d(x, factor)
+
+    def _finer(self, factor: int) -> LinearOperator:
+        if not isinstance(self.operator, CT):
+            raise InputError(
+                f"The reference is {factor} times finer than the images of {type(self.operator).__name__}, which cannot "
+                "be put on a finer grid: convert the data, or set data.size and the operator's size to its own."
+            )
+        if factor not in self._fine:
+            height, width = self.operator.image_shape[1:]
+            fine = ct_from_geometry(self.operator.geometry, (height * factor, width * factor))
+            self._fine[factor] = fine.to(self.device)
+        return self._fine[factor]
+
+    def _length_mm(self, batch: CaseBatch) -> Tensor | float:
+        """Millimetres per unit of the operator's lengths: 1 unless the scan's field of view says otherwise."""
+        if not isinstance(self.operator, CT) or any(voxel is None for voxel in batch.voxel_mm):
+            return 1.0
+        assert batch.reference is not None
+        widths = [voxel[-1] * batch.reference.shape[-1] for voxel in batch.voxel_mm if voxel is not None]
+        return torch.tensor(widths, device=self.device) / self.operator.field_of_view
+
+    def reconstruct(self, batch: CaseBatch) -> Result:
+        """Measures (if need be), reconstructs and judges a batch."""
+        y, operator, reference = self.measure(batch)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        start = time.perf_counter()
+        estimate = self.method(y, operator, self.prior, generators=make_generators(self.seed, batch.id))
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds = (time.perf_counter() - start) / len(batch)
+        if not torch.isfinite(estimate.mean).all():
+            raise InputError(
+                f"{type(self.method).__name__} gave NaN or Inf for {', '.join(batch.id)}: it diverged. Lower its step or "
+                "weight, or use model.precision 32."
+            )
+        columns: dict[str, list[Any]] = {}
+        if reference is not None:
+            columns = {
+                "psnr": psnr(estimate.mean, reference).tolist(),
+                "ssim": ssim(estimate.mean, reference).tolist(),
+                "psnr_body": masked_psnr(estimate.mean, reference, body_mask(reference)).tolist(),
+            }
+        for name in ("relative_residual", "num_evaluations", "num_operator_calls"):
+            value = estimate.stats.get(name)
+            if value is not None:
+                columns[name] = value if isinstance(value, list) else [value] * len(batch)
+        rows = []
+        for b, name in enumerate(batch.id):
+            row: dict[str, Any] = {
+                "case": name.rsplit("/", 1)[0],
+                "slice": batch.index[b],
+                "patient": batch.patient[b],
+                "method": type(self.method).__name__,
+                **{key: values[b] for key, values in columns.items()},
+                "seconds": seconds,
+                "peak_memory_mb": _peak_memory_mb(self.device),
+                "seed": self.seed,
+            }
+            rows.append(row)
+        baseline = None if y is None else operator.baseline(y)
+        return Result(batch, estimate, reference, baseline, rows)
+
+    @torch.no_grad()
+    def test_step(self, batch: CaseBatch, batch_index: int) -> Result:
+        """Returns the result of a batch; the writer keeps its metrics.
+
+        Raises:
+            InputError: If the case has no reference to be tested against.
+        """
+        if batch.reference is None:
+            raise InputError(
+                f"{batch.source[0]} is a measurement without a reference, so there is nothing to test against: use "
+                "`invrecon predict`."
+            )
+        return self.reconstruct(batch)
+
+    @torch.no_grad()
+    def predict_step(self, batch: CaseBatch, batch_index: int) -> Result:
+        """Returns the result of a batch; the writer keeps its images and metrics."""
+        return self.reconstruct(batch)
+
+    def describe(self) -> dict[str, str]:
+        """Returns the facts of the run for its report, in words."""
+        prior = "none"
+        if self.card is not None:
+            sizes = f" of {self.card.patch_sizes[0]} pixels" if self.card.patch_sizes else ""
+            prior = f"{self.card.kind}{sizes}, trained on {', '.join(self.card.data)} ({self.card.licence})"
+        return {
+            "operator": f"{type(self.operator).__name__}, {self.operator.measurement_shape}",
+            "noise": type(self.noise).__name__,
+            "method": type(self.method).__name__,
+            "prior": prior,
+            "precision of the prior": self.precision,
+            "seed": str(self.seed),
+        }
+
+
+def _peak_memory_mb(device: torch.device) -> float:
+    """Peak memory so far: of the process on a CPU, of this batch's allocations on a GPU, in [MiB]."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
