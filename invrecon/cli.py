@@ -18,6 +18,7 @@ import yaml
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 # Short class names resolve among imported classes: these imports are the vocabulary of the configs.
@@ -86,7 +87,7 @@ class InvreconCLI(LightningCLI):
             "--output",
             type=str | None,
             default=None,
-            help="folder of all that the run writes (default: outputs/<command>/<time>, of fit and validate outputs/fit/<config>)",
+            help="folder of all that the run writes (default: outputs/<command>/<time>; fit: outputs/fit/<config>)",
         )
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
@@ -97,17 +98,15 @@ class InvreconCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[lightning.Callback]) -> lightning.Trainer:
         """Adds what the command needs: checkpoints, logs and export to `fit`, a writer to `test` and `predict`."""
-        if self.subcommand in ("test", "predict"):
-            self.save_config_callback = None  # the writer keeps the configuration, once it knows the folder is ours
-            callbacks = [*callbacks, self._writer()]
+        if self.subcommand != "fit":
+            self.save_config_callback = None  # a writer keeps the configuration, once it knows the folder is ours
             config["logger"] = False
+        if self.subcommand in ("test", "predict"):
+            callbacks = [*callbacks, self._writer()]
             config["enable_checkpointing"] = False
             config["inference_mode"] = False  # guidance and adaptation need autograd
         elif self.subcommand == "fit":
             callbacks = [*callbacks, *self._training_callbacks()]
-        else:
-            self.save_config_callback = None
-            config["logger"] = False
         if self.subcommand == "fit" and config.get("logger") is None:
             config["logger"] = TensorBoardLogger(str(self.output), name="tensorboard", version="")
         if config.get("enable_progress_bar") is not False and sys.stderr.isatty():
@@ -117,11 +116,15 @@ class InvreconCLI(LightningCLI):
         return super()._instantiate_trainer(config, callbacks)
 
     def _writer(self) -> ResultWriter:
-        parser, config = self._parser(self.subcommand), self.config[self.subcommand]
-        text = parser.dump(config, skip_link_targets=False, skip_none=False)
-        return ResultWriter(self.output, yaml.safe_load(text), text, self.command)
+        return ResultWriter(self.output, yaml.safe_load(self._text()), self._text(), self.command)
+
+    def _text(self) -> str:
+        """The resolved configuration, as YAML."""
+        config = self.config[self.subcommand]
+        return self._parser(self.subcommand).dump(config, skip_link_targets=False, skip_none=False)
 
     def _training_callbacks(self) -> list[lightning.Callback]:
+        asked = self.config.fit.get("ckpt_path")
         newest = ModelCheckpoint(
             dirpath=self.output / "checkpoints",
             filename="last",
@@ -133,30 +136,73 @@ class InvreconCLI(LightningCLI):
             newest,
             LearningRateMonitor("step"),
             TrainingPreviews(),
+            SameRun(_flatten({key: yaml.safe_load(self._text())[key] for key in ("model", "data")}), asked is None),
             ExportPrior(str(self.output), shlex.join(self.command)),
         ]
 
     def before_fit(self) -> None:
         """Resumes from the run's last checkpoint, so that the same command continues an interrupted run."""
         last = self.output / "checkpoints" / "last.ckpt"
-        if self.config_init[self.subcommand].get("ckpt_path") is None and last.is_file():
-            self.config_init[self.subcommand].ckpt_path = str(last)
+        if self.config_init.fit.get("ckpt_path") is None and last.is_file():
+            self.config_init.fit.ckpt_path = str(last)
 
     def before_validate(self) -> None:
-        """Validates what the run has learned so far.
+        """Validates the run's newest checkpoint unless another is given.
 
         Raises:
-            InputError: If it has left no checkpoint.
+            InputError: If there is none.
         """
-        self.before_fit()
-        if self.config_init.validate.get("ckpt_path") is None:
-            raise InputError(
-                f"There is no checkpoint in {self.output} to validate: give the --output of a `fit`, or --ckpt_path."
-            )
+        config = self.config_init.validate
+        last = self.output / "checkpoints" / "last.ckpt"
+        if config.get("ckpt_path") is None:
+            if not last.is_file():
+                raise InputError(
+                    f"There is no checkpoint '{last}' to validate: run `invrecon fit` first, or give --ckpt_path."
+                )
+            config.ckpt_path = str(last)
 
     def before_predict(self) -> None:
         """Keeps no predictions in memory: the writer has them."""
         self.config_init.predict.return_predictions = False
+
+
+class SameRun(lightning.Callback):
+    """Lets a run go on only with the model and the data that it began with: its prior's card speaks of them.
+
+    Args:
+        settings: Model and data, by dotted keys.
+        strict: Whether to refuse other settings; not where a checkpoint was asked for by name.
+    """
+
+    def __init__(self, settings: dict[str, Any], strict: bool) -> None:
+        self.settings = {key: value for key, value in settings.items() if not key.endswith(".num_workers")}
+        self.strict = strict
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keeps the settings in the checkpoint."""
+        return {"settings": self.settings}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compares them.
+
+        Raises:
+            InputError: If any differs.
+        """
+        old = state_dict["settings"]
+        for key in sorted(old.keys() | self.settings.keys()):
+            if self.strict and old.get(key) != self.settings.get(key):
+                raise InputError(
+                    f"This run was begun with {key.replace('init_args.', '')} = {old.get(key)}, and now it is "
+                    f"{self.settings.get(key)}: give another --output, or, to go on from its weights with new "
+                    "settings, its checkpoint as --ckpt_path."
+                )
+
+
+def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns a nested dictionary as one of dotted keys."""
+    if not isinstance(config, dict):
+        return {prefix[:-1]: config}
+    return {k: v for key, value in config.items() for k, v in _flatten(value, f"{prefix}{key}.").items()}
 
 
 def _config_name(config: Any) -> str:
@@ -201,7 +247,7 @@ def _config(name: str) -> Path:
 
 
 def complaint(text: str) -> str:
-    """Returns, in one sentence, what is wrong by a parser's error, which goes through every type that it has tried."""
+    """Says in one sentence what is wrong, from a parser's error, which goes through every type that it has tried."""
     key = ".".join(re.findall(r'Parser key "([\w.]+)"', text))
     name = re.search(r"Expected a dot import path string: (\S+)", text)
     module, kind = CHOICES.get(key.rpartition(".")[2], (None, object))
@@ -232,8 +278,11 @@ def main(args: list[str] | None = None) -> InvreconCLI:
     warnings.filterwarnings("ignore", ".*args parameter is intended to run from within Python.*")
     warnings.filterwarnings("ignore", ".*is not supported by the model summary.*")
     warnings.filterwarnings("ignore", ".*Your `IterableDataset` has `__len__` defined.*")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
+    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", ".*when using `ckpt_path`, callbacks used to create the checkpoint.*")
     warnings.filterwarnings("ignore", ".*module.s. in eval mode at the start of training.*")
+    for talkative in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(talkative).setLevel(logging.WARNING)
     args = sys.argv[1:] if args is None else args
     InvreconCLI.command = ["invrecon", *args]
     args = spell_slices(resolve_configs(args))
@@ -249,11 +298,6 @@ def main(args: list[str] | None = None) -> InvreconCLI:
     )
 
 
-def _is_no_tip(record: logging.LogRecord) -> bool:
-    """Keeps Lightning's advertisements out of the output."""
-    return "Tip:" not in record.getMessage()
-
-
 def main_entry() -> None:
     """The console script: one sentence and status 1 for what the user can mend, a traceback only for our own faults."""
     try:
@@ -267,3 +311,6 @@ def main_entry() -> None:
     except KeyboardInterrupt:
         print("invrecon: interrupted; run the same command again to continue.", file=sys.stderr)
         sys.exit(130)
+    except SIGTERMException:
+        print("invrecon: terminated; run the same command again to continue.", file=sys.stderr)
+        sys.exit(143)

@@ -32,7 +32,8 @@ class PatchBatch(NamedTuple):
     Attributes:
         x: Clean patches, `(n, C, P, P)`, intensity in [0, 1].
         position: Position channels, `(n, 2, P, P)`.
-        key: What the noise of this batch is drawn from, together with the run's seed.
+        key: What the noise of this batch is drawn from, together with the run's seed; empty for a validation batch
+            that only fills up a rank's share and does not count.
     """
 
     x: Tensor
@@ -135,9 +136,12 @@ class FixedBatches(IterableDataset):
         self.sampler, self.num_batches, self.rank, self.num_ranks = sampler, num_batches, rank, num_ranks
 
     def __iter__(self) -> Iterator[PatchBatch]:
-        for step in range(self.rank, self.num_batches, self.num_ranks):
+        for first in range(0, self.num_batches, self.num_ranks):
+            # Every rank gets as many, for each batch is a collective under DDP: what is too many has no key.
+            step = first + self.rank
             key = f"validation/{step}"
-            yield self.sampler.draw(make_generator(0, key), key, self.sampler.patch_sizes[0])
+            batch = self.sampler.draw(make_generator(0, key), key, self.sampler.patch_sizes[0])
+            yield batch if step < self.num_batches else batch._replace(key="")
 
 
 class PriorTraining(lightning.LightningDataModule, ABC):
@@ -168,7 +172,8 @@ class PriorTraining(lightning.LightningDataModule, ABC):
         num_workers: int,
     ) -> None:
         super().__init__()
-        if len(patch_sizes) != len(probabilities) or not patch_sizes or min(probabilities) < 0 or not sum(probabilities):
+        lengths_agree = len(patch_sizes) == len(probabilities) > 0
+        if not lengths_agree or min(probabilities) < 0 or not sum(probabilities):
             raise InputError(
                 f"data.patch_sizes {patch_sizes} and data.probabilities {probabilities} must be lists of equal length, "
                 "one non-negative probability a size and not all of them zero."
@@ -274,8 +279,9 @@ class CTTraining(PriorTraining):
         licence: str = "not stated",
     ) -> None:
         super().__init__(
-            size, patch_sizes, probabilities, pad, pixels_per_batch, batches_per_epoch, validation_batches, seed, num_workers
-        )
+            size, patch_sizes, probabilities, pad, pixels_per_batch, batches_per_epoch, validation_batches, seed,
+            num_workers,
+        )  # fmt: skip
         self.paths, self.validation, self.dataset, self.licence = paths, validation, dataset, licence
 
     def load(self) -> tuple[Tensor, Tensor, Any]:
@@ -296,7 +302,7 @@ class CTTraining(PriorTraining):
         self.train_names = [name for name, stack in zip(names, train, strict=True) if len(stack)]
         if not self.train_names:
             raise InputError(
-                f"Nothing is left to train on: data.paths {self.paths} hold {names} and validation takes all their slices."
+                f"Nothing is left to train on: data.paths {self.paths} hold {names} and validation takes all of it."
             )
         return torch.cat(train)[:, None], torch.cat(validation)[:, None], self._encode
 
@@ -372,8 +378,9 @@ class EllipseTraining(PriorTraining):
         num_workers: int = 0,
     ) -> None:
         super().__init__(
-            size, patch_sizes, probabilities, pad, pixels_per_batch, batches_per_epoch, validation_batches, seed, num_workers
-        )
+            size, patch_sizes, probabilities, pad, pixels_per_batch, batches_per_epoch, validation_batches, seed,
+            num_workers,
+        )  # fmt: skip
         self.num_phantoms, self.disk_diameter = num_phantoms, disk_diameter
 
     def load(self) -> tuple[Tensor, Tensor, Any]:

@@ -72,9 +72,7 @@ class Method(ABC):
         """
 
 
-def check_generators(
-    generators: Sequence[torch.Generator] | None, num_cases: int
-) -> Sequence[torch.Generator]:
+def check_generators(generators: Sequence[torch.Generator] | None, num_cases: int) -> Sequence[torch.Generator]:
     """Returns one generator a case, all equally seeded if there are none: a case never depends on its batch.
 
     Raises:
@@ -102,9 +100,7 @@ def check_measurement(y: Tensor, operator: LinearOperator) -> None:
             f"(batch, {', '.join(map(str, expected))}): use the operator that made it."
         )
     if not y.is_floating_point():
-        raise InputError(
-            f"The measurement has dtype {y.dtype}, but a real floating-point tensor is expected."
-        )
+        raise InputError(f"The measurement has dtype {y.dtype}, but a real floating-point tensor is expected.")
     if not torch.isfinite(y).all():
         raise InputError("The measurement holds NaN or Inf: mask or repair those entries first.")
 

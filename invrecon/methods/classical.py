@@ -106,7 +106,8 @@ class TotalVariation(Method):
     prototyping for image reconstruction in computed tomography", Phys. Med. Biol. 57 (2012), for CT.
 
     Args:
-        weight: Weight without noise, in the units above.
+        weight: Weight without noise, in the units above. The defaults of both weights suit chest CT at 20 and 60
+            views; they were chosen by PSNR on training patients.
         noise_weight: Weight per unit of noise in the image, `sigma_y / ||A||`.
         num_iterations: Most iterations.
         tol: Relative duality gap at which a sample stops; 0 runs all iterations.
@@ -121,9 +122,9 @@ class TotalVariation(Method):
 
     def __init__(
         self,
-        weight: float = 1e-5,
-        noise_weight: float = 0.2,
-        num_iterations: int = 1500,
+        weight: float = 3e-6,
+        noise_weight: float = 0.04,
+        num_iterations: int = 2000,
         tol: float = 1e-3,
         bounds: tuple[float, float] = (0.0, 1.0),
     ) -> None:
@@ -206,9 +207,7 @@ class TotalVariation(Method):
             p, Kt = p.lerp(p_new, self.relaxation), Kt.lerp(Kt_new, self.relaxation)
         return result, iterations, gap
 
-    def _relative_gap(
-        self, x: Tensor, Ax: Tensor, b: Tensor, q: Tensor, Kt: Tensor, weight: Tensor
-    ) -> Tensor:
+    def _relative_gap(self, x: Tensor, Ax: Tensor, b: Tensor, q: Tensor, Kt: Tensor, weight: Tensor) -> Tensor:
         """Returns `(P - D) / P` per sample: the primal objective `P` at `x`, the dual one `D` at `(q, p)`.
 
         D = -||q||^2 / 2 - <q, b> + min_{low <= z <= high} <z, K^T (q, p)>

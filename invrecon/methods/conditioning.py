@@ -62,9 +62,7 @@ class Conditioning(ABC):
 class Unconditional(Conditioning):
     """Ignores the measurement: `E[x0 | x]`."""
 
-    def __call__(
-        self, prior: DifferentiableDenoiser, operator: LinearOperator | None, y: Tensor | None
-    ) -> Denoiser:
+    def __call__(self, prior: DifferentiableDenoiser, operator: LinearOperator | None, y: Tensor | None) -> Denoiser:
         """Returns the prior itself."""
         return prior
 
@@ -91,9 +89,7 @@ class ProximalConditioning(Conditioning):
             more.
     """
 
-    def __init__(
-        self, num_iterations: int = 10, max_weight: float = 1000.0, noise_factor: float = 1.0
-    ) -> None:
+    def __init__(self, num_iterations: int = 10, max_weight: float = 1000.0, noise_factor: float = 1.0) -> None:
         if num_iterations < 1 or not max_weight > 0 or not noise_factor > 0:
             raise InputError(
                 "Proximal conditioning needs num_iterations >= 1, max_weight > 0 and noise_factor > 0, got "

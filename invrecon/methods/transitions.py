@@ -2,8 +2,7 @@
 
 In sigma coordinates the state is `x = x0 + sigma n`. Every transition below takes the noise it finds in the
 state from the *conditioned* estimate, `eps = (x - x0) / sigma` with `x0 ~ E[x0 | x, y]`: it is the reverse
-diffusion of the posterior, whose denoiser is `x0`, not that of the prior. (With `eta = 1`, our default,
-ancestral sampling of the posterior follows.)
+diffusion of the posterior, whose denoiser is `x0`, not that of the prior.
 """
 
 from __future__ import annotations
@@ -79,9 +78,8 @@ class DDIM(Transition):
 class DDSTransition(Transition):
     """The constant split of decomposed diffusion sampling, `x' = x0 + sigma' (sqrt(1 - eta^2) eps + eta n)`.
 
-    Source: Chung, Lee & Ye, "Decomposed diffusion sampler for accelerating large-scale inverse problems"
-        (DDS),
-    ICLR 2024, its DDIM step in sigma coordinates.
+    Source: Chung, Lee & Ye, "Decomposed diffusion sampler for accelerating large-scale inverse problems" (DDS), ICLR
+    2024, its DDIM step in sigma coordinates.
 
     Args:
         eta: Share of fresh noise, in [0, 1].

@@ -30,9 +30,7 @@ class GaussianPrior(Prior):
         super().__init__()
         n = mean.numel()
         if covariance.shape != (n, n):
-            raise InputError(
-                f"The covariance has shape {tuple(covariance.shape)}, but {n} pixels ask for ({n}, {n})."
-            )
+            raise InputError(f"The covariance has shape {tuple(covariance.shape)}, but {n} pixels ask for ({n}, {n}).")
         eigenvalues, eigenvectors = torch.linalg.eigh(covariance.double())
         scale = float(eigenvalues.abs().max())
         tolerance = 1e-5 * scale
@@ -51,7 +49,10 @@ class GaussianPrior(Prior):
         variance = per_sample(sigma, x)[:, None].square()
         gain = self.eigenvalues / (self.eigenvalues + variance)
         gain = torch.where(variance > 0, gain, torch.ones_like(gain))
-        return ((x.flatten(1) @ self.eigenvectors * gain) @ self.eigenvectors.mT).reshape(x.shape)
+        # One product a sample: the rounding, too, does not depend on the batch.
+        basis = self.eigenvectors.expand(x.shape[0], -1, -1)
+        spectrum = gain[:, None] * torch.bmm(x.flatten(1)[:, None], basis)
+        return torch.bmm(spectrum, basis.mT).reshape(x.shape)
 
     def forward(self, x: Tensor, sigma: float | Tensor, *, generators: Generators | None = None) -> Tensor:
         """Returns `D(x, sigma)`, exactly."""
@@ -115,7 +116,5 @@ class GaussianMixturePrior(Prior):
     def forward(self, x: Tensor, sigma: float | Tensor, *, generators: Generators | None = None) -> Tensor:
         """Returns `D(x, sigma)`, exactly."""
         share = self.responsibilities(x, sigma)
-        parts = [
-            broadcast(share[:, k], x) * component(x, sigma) for k, component in enumerate(self.components)
-        ]
+        parts = [broadcast(share[:, k], x) * component(x, sigma) for k, component in enumerate(self.components)]
         return torch.stack(parts).sum(dim=0)

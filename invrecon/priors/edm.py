@@ -25,6 +25,8 @@ class EDMDenoiser(nn.Module):
         sigma_data: The data's standard deviation `s`, in intensity units.
     """
 
+    sigma_data: Tensor
+
     def __init__(self, network: nn.Module, sigma_data: float = 0.5) -> None:
         super().__init__()
         self.network = network

@@ -70,9 +70,9 @@ def pad_with_noise(x: Tensor, pad: Sequence[int], sigma: Tensor, generators: Gen
 
 @dataclass(frozen=True)
 class Tiling:
-    """Non-overlapping `P x P` patches on a grid that covers an `N`-pixel axis at any of `M` offsets.
+    r"""Non-overlapping `P x P` patches on a grid that covers an `N`-pixel axis at any of `M` offsets.
 
-    $$ K = 1 + \\lfloor N / P \\rfloor, \\quad M = K P - N $$
+    $$ K = 1 + \lfloor N / P \rfloor, \quad M = K P - N $$
 
     patches along an axis and padding on each of its sides (PaDIS, section 3.2): N = 256, P = 56 gives K = 5, M = 24,
     a padded frame of 304 and 24 offsets; the tiled region `[a, a + K P)` contains the image `[M, M + N)` for every
@@ -98,14 +98,14 @@ class Tiling:
 
     def split(self, frame: Tensor, offset: tuple[int, int]) -> Tensor:
         """Cuts a padded frame `(C, H + 2M, W + 2M)` into patches `(K K, C, P, P)`, row by row."""
-        (a, b), (k, l), p = offset, self.num_patches, self.patch_size
-        region = frame[:, a : a + k * p, b : b + l * p]
-        return region.reshape(-1, k, p, l, p).permute(1, 3, 0, 2, 4).reshape(k * l, -1, p, p)
+        (a, b), (k, q), p = offset, self.num_patches, self.patch_size
+        region = frame[:, a : a + k * p, b : b + q * p]
+        return region.reshape(-1, k, p, q, p).permute(1, 3, 0, 2, 4).reshape(k * q, -1, p, p)
 
     def assemble(self, patches: Tensor, offset: tuple[int, int]) -> Tensor:
         """Puts patches `(K K, C, P, P)` back and crops to the image, `(C, H, W)`: the border is known to be zero."""
-        (a, b), (k, l), p = offset, self.num_patches, self.patch_size
-        region = patches.reshape(k, l, -1, p, p).permute(2, 0, 3, 1, 4).reshape(-1, k * p, l * p)
+        (a, b), (k, q), p = offset, self.num_patches, self.patch_size
+        region = patches.reshape(k, q, -1, p, p).permute(2, 0, 3, 1, 4).reshape(-1, k * p, q * p)
         top, left = self.pad[0] - a, self.pad[1] - b
         return region[:, top : top + self.shape[0], left : left + self.shape[1]]
 
@@ -116,8 +116,8 @@ class Tiling:
             coordinates(n, torch.arange(k) * p + o - m, p)
             for n, k, o, m in zip(self.shape, self.num_patches, offset, self.pad, strict=True)
         )
-        k, l = self.num_patches
-        return position_map(rows.repeat_interleave(l, 0), columns.repeat(k, 1))
+        k, q = self.num_patches
+        return position_map(rows.repeat_interleave(q, 0), columns.repeat(k, 1))
 
 
 class WholePrior(Prior):
@@ -160,7 +160,9 @@ class PatchPrior(Prior):
         super().__init__()
         stride = getattr(denoiser.network, "stride", 1)
         if patch_size < 1 or patch_size % stride:
-            raise InputError(f"patch_size must be a positive multiple of the network's stride {stride}; got {patch_size}.")
+            raise InputError(
+                f"patch_size must be a positive multiple of the network's stride {stride}; got {patch_size}."
+            )
         if max_patches < 1:
             raise InputError(f"max_patches must be at least 1; got {max_patches}.")
         self.denoiser = denoiser

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as nnf
@@ -16,6 +17,8 @@ class NoiseEmbedding(nn.Module):
     Args:
         num_features: Width of the embedding.
     """
+
+    frequencies: Tensor
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -30,6 +33,11 @@ class NoiseEmbedding(nn.Module):
         """Maps `(B,)` to `(B, num_features)`."""
         phase = c_noise[:, None] * self.frequencies
         return self.mlp(torch.cat([phase.cos(), phase.sin()], dim=1))
+
+
+def _zero(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
 
 
 def group_norm(num_channels: int) -> nn.GroupNorm:
@@ -64,8 +72,8 @@ class ResidualBlock(nn.Module):
         same = in_channels == out_channels
         self.project = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
         # Zero residual branches: at the start every block is the (scaled) identity, which trains faster.
-        for parameter in (self.conv2.weight, self.conv2.bias, self.modulation.weight, self.modulation.bias):
-            nn.init.zeros_(parameter)
+        _zero(self.conv2)
+        _zero(self.modulation)
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
         """Maps `(B, in_channels, H, W)` and `(B, num_features)` to `(B, out_channels, H, W)`."""
@@ -88,8 +96,7 @@ class SelfAttention(nn.Module):
         self.norm = group_norm(num_channels)
         self.qkv = nn.Conv2d(num_channels, 3 * num_channels, 1)
         self.project = nn.Conv2d(num_channels, num_channels, 1)
-        nn.init.zeros_(self.project.weight)
-        nn.init.zeros_(self.project.bias)
+        _zero(self.project)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps `(B, C, H, W)` to the same shape."""
@@ -145,7 +152,7 @@ class UNet(nn.Module):
             ins = [channels_in] + [channels_out] * (num_blocks - 1)
             return nn.ModuleList(ResidualBlock(c, channels_out, features, dropout) for c in ins)
 
-        coarser = list(zip(widths, widths[1:], strict=False))
+        coarser = list(pairwise(widths))
         self.encoder = nn.ModuleList([stage(widths[0], widths[0])] + [stage(a, b) for a, b in coarser])
         self.bottleneck = nn.ModuleList(stage(widths[-1], widths[-1])[:1] + stage(widths[-1], widths[-1])[:1])
         self.attention = SelfAttention(widths[-1]) if attention else nn.Identity()
@@ -154,8 +161,7 @@ class UNet(nn.Module):
         self.decoder = nn.ModuleList(stage(2 * a, a) for a, _ in coarser)
         self.norm = group_norm(widths[0])
         self.head = nn.Conv2d(widths[0], image_channels, 3, padding=1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        _zero(self.head)
 
     @property
     def stride(self) -> int:
@@ -171,14 +177,14 @@ class UNet(nn.Module):
             if level:
                 skips.append(h)
                 h = nnf.avg_pool2d(h, 2)
-            for block in blocks:
+            for block in blocks:  # type: ignore[attr-defined]
                 h = block(h, e)
         first, second = self.bottleneck
         h = second(self.attention(first(h, e)), e)
         for narrow, blocks in zip(reversed(self.narrow), reversed(self.decoder), strict=True):
             h = nnf.interpolate(narrow(h), scale_factor=2.0, mode="nearest")
             h = torch.cat([h, skips.pop()], dim=1)
-            for block in blocks:
+            for block in blocks:  # type: ignore[attr-defined]
                 h = block(h, e)
         return self.head(nnf.silu(self.norm(h)))
 

@@ -185,9 +185,9 @@ def _open(path: Path, *, weights: bool) -> tuple[PriorCard, dict[str, Tensor]]:
         card.sigma_range = (float(card.sigma_range[0]), float(card.sigma_range[1]))
         if card.kind not in ("patch", "whole") or (card.kind == "patch" and not card.patch_sizes):
             raise ValueError(f"kind '{card.kind}' with patch sizes {card.patch_sizes}")
-        for key, kinds in {"offset": (int, float), "scale": (int, float), "units": str}.items():
-            if not isinstance(card.intensity[key], kinds):
-                raise TypeError(f"intensity {card.intensity}")
+        offset, scale, units = (card.intensity[key] for key in ("offset", "scale", "units"))
+        if not (isinstance(offset, int | float) and isinstance(scale, int | float) and isinstance(units, str)):
+            raise TypeError(f"intensity {card.intensity}")
     except (TypeError, LookupError, ValueError, AttributeError, RecursionError) as error:
         if isinstance(error, InputError):
             raise

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import invrecon
 from invrecon.errors import InputError
 from invrecon.files import to_json
 
@@ -59,8 +60,8 @@ def provenance(
     """What a reader needs to make the same numbers again: configuration, versions, weights, seed, command."""
     from importlib import metadata
 
-    versions = {"python": platform.python_version()}
-    for package in ("invrecon", "torch", "lightning", "numpy", "scipy", "h5py"):
+    versions = {"python": platform.python_version(), "invrecon": invrecon.__version__}
+    for package in ("torch", "lightning", "numpy", "scipy", "h5py"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -55,17 +55,11 @@ class ResultWriter(lightning.Callback):
         self.fingerprint = fingerprint(self._settings(stage), pl_module.weights_sha256, inputs)
         done = self.store.completed(self.fingerprint)
         trainer.strategy.barrier("completed")  # nobody writes before everybody has looked
-        if trainer.is_global_zero:
-            remove_leftovers(self.output)
-            with atomic_write(self.output / "config.yaml") as file:
-                file.write(self.config_text.encode())
-        trainer.strategy.barrier("cleaned")
         if stage == "predict":
             data.skip_ids = done
             if done and trainer.is_global_zero:
-                print(
-                    f"{len(done)} of {len(data.case_ids())} slices are complete in {self.output}; going on with the rest."
-                )
+                num = len(data.case_ids())
+                print(f"{len(done)} of {num} slices are complete in {self.output}; going on with the rest.")
         for path, indices in index:
             num = min(pl_module.num_figures, len(indices))
             chosen = {indices[(2 * k + 1) * len(indices) // (2 * num)] for k in range(num)}
@@ -78,6 +72,16 @@ class ResultWriter(lightning.Callback):
             arguments = {k: v for k, v in (section.get("init_args") or {}).items() if k not in neutral}
             settings[key] = {"class_path": section.get("class_path"), "init_args": arguments}
         return settings
+
+    def on_test_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Begins to write, now that everything has been checked."""
+        if trainer.is_global_zero:
+            remove_leftovers(self.output)
+            with atomic_write(self.output / "config.yaml") as file:
+                file.write(self.config_text.encode())
+        trainer.strategy.barrier("cleaned")
+
+    on_predict_start = on_test_start
 
     def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *unused: Any) -> None:
         """Keeps the metrics of a batch."""
@@ -131,7 +135,7 @@ class ResultWriter(lightning.Callback):
         self._write_page(parts, rows, summary, pl_module, trainer)
         if any("psnr" in row for row in rows):
             print(format_table({_label(pl_module): summary}))
-        names = ", ".join(path.name for path in volumes) or "nothing new"
+        names = ", ".join(path.name for path in volumes) or "no new volume"
         print(f"Written to {self.output}: {names}; report.html, metrics.csv, summary.json and figures.")
 
     def _figure(self, part: Part) -> Path:
@@ -147,7 +151,7 @@ class ResultWriter(lightning.Callback):
             reference=part.arrays.get("reference"),
             std=part.arrays.get("std"),
             title=f"{part.case}, slice {part.index}",
-            subtitle=f"{pl_module.describe()['operator']}, {pl_module.describe()['noise']}",
+            subtitle=part.row["measurement"],
             voxel_mm=part.voxel_mm,
         )
 
@@ -170,7 +174,8 @@ class ResultWriter(lightning.Callback):
                 )
         facts = {
             "made": time.strftime("%Y-%m-%d %H:%M"),
-            "data": sorted({Path(part.source).name for part in parts}),
+            "data": sorted({str(row["case"]) for row in rows}),
+            "measurement": sorted({str(row["measurement"]) for row in rows}),
             **pl_module.describe(),
             "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}",
             "weights (SHA-256)": pl_module.weights_sha256,
@@ -189,7 +194,7 @@ class ResultWriter(lightning.Callback):
             figures,
             self.config_text,
             title="Reconstruction report",
-            subtitle=f"{_label(pl_module)}: {pl_module.describe()['operator']}",
+            subtitle=f"{len(rows)} slices by {_label(pl_module)}",
             command=self.store.provenance["command"],
             comparisons=comparisons,
         )

@@ -62,7 +62,7 @@ class TrainingPreviews(lightning.Callback):
     @torch.no_grad()
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Makes the pictures and the quick reconstruction, on rank zero."""
-        board = getattr(trainer.logger, "experiment", None)
+        board: Any = getattr(trainer.logger, "experiment", None)
         due = (trainer.current_epoch + 1) % self.every_n_validations == 0
         if not due or trainer.sanity_checking or not hasattr(board, "add_image") or not trainer.is_global_zero:
             return
@@ -74,11 +74,10 @@ class TrainingPreviews(lightning.Callback):
         denoised = [prior(x + s * noise, s, generators=make_generators(0, [str(s)])) for s in self.sigmas]
         noisy = [x + s * noise for s in self.sigmas]
         board.add_image("denoised (above: noisy)", _grid(noisy, denoised), step)
-        sample = sample_prior(
-            prior, x.shape[1:], make_generators(0, ["sample"]), KarrasSchedule(self.num_levels, 10.0, 0.01), DDIM(1.0), x
-        )
+        schedule = KarrasSchedule(self.num_levels, 10.0, 0.01)
+        sample = sample_prior(prior, x.shape[1:], make_generators(0, ["sample"]), schedule, DDIM(1.0), x)
         if self._operator is None:
-            self._operator = ParallelBeamCT(size=tuple(x.shape[-2:]), num_views=self.num_views).to(x.device)
+            self._operator = ParallelBeamCT(size=(x.shape[-2], x.shape[-1]), num_views=self.num_views).to(x.device)
         y = self._operator(x)
         method = ProximalDiffusion(num_levels=self.num_levels)
         estimate = method(y, self._operator, prior, generators=make_generators(0, ["quick"])).mean

@@ -201,10 +201,21 @@ class Reconstruction(lightning.LightningModule):
                 "seconds": seconds,
                 "peak_memory_mb": _peak_memory_mb(self.device),
                 "seed": self.seed,
+                "measurement": self._measurement(batch, operator),
             }
             rows.append(row)
         baseline = None if y is None else operator.baseline(y)
         return Result(batch, estimate, reference, baseline, rows)
+
+    def _measurement(self, batch: CaseBatch, operator: LinearOperator) -> str:
+        """Says in words what was measured, and how."""
+        what = f"{type(operator).__name__}, {' x '.join(map(str, operator.measurement_shape[1:]))}"
+        if batch.measurement is not None:
+            return f"{what}, measured"
+        if batch.reference is None:
+            return "none"
+        finer = batch.reference.shape[-1] // operator.image_shape[-1]
+        return f"{what}, {type(self.noise).__name__}, simulated" + (f" on a {finer} times finer grid" if finer > 1 else "")
 
     @torch.no_grad()
     def test_step(self, batch: CaseBatch, batch_index: int) -> Result:
@@ -232,8 +243,6 @@ class Reconstruction(lightning.LightningModule):
             sizes = f" of {self.card.patch_sizes[0]} pixels" if self.card.patch_sizes else ""
             prior = f"{self.card.kind}{sizes}, trained on {', '.join(self.card.data)} ({self.card.licence})"
         return {
-            "operator": f"{type(self.operator).__name__}, {self.operator.measurement_shape}",
-            "noise": type(self.noise).__name__,
             "method": type(self.method).__name__,
             "prior": prior,
             "precision of the prior": self.precision,

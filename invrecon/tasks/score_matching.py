@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
 import lightning
@@ -26,7 +28,7 @@ BANDS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, math.inf)
 
 def band_names() -> list[str]:
     """Returns the names of the noise bands that the loss is reported in."""
-    return [f"{low:g}-{high:g}" for low, high in zip(BANDS, BANDS[1:], strict=False)]
+    return [f"{low:g}-{high:g}" for low, high in pairwise(BANDS)]
 
 
 class ScoreMatching(lightning.LightningModule):
@@ -48,6 +50,9 @@ class ScoreMatching(lightning.LightningModule):
         sigma_data: Standard deviation of the data, intensity units; measured on the training data by default.
     """
 
+    num_patches: Tensor
+    num_pixels: Tensor
+
     def __init__(
         self,
         network: UNet,
@@ -61,7 +66,8 @@ class ScoreMatching(lightning.LightningModule):
         super().__init__()
         if sigma_data is not None and not sigma_data > 0:
             raise InputError(f"model.sigma_data is {sigma_data}, expected a positive number, or null to measure it.")
-        self.denoiser = EDMDenoiser(network, sigma_data or 0.5).to(memory_format=torch.channels_last)
+        self.denoiser = EDMDenoiser(network, sigma_data or 0.5)
+        self.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = copy.deepcopy(self.denoiser).requires_grad_(False).eval()
         self.proposal = proposal
         self.learning_rate, self.warmup, self.betas = learning_rate, warmup, betas
@@ -69,7 +75,6 @@ class ScoreMatching(lightning.LightningModule):
         self.register_buffer("num_patches", torch.zeros((), dtype=torch.int64))
         self.register_buffer("num_pixels", torch.zeros((), dtype=torch.int64))
         self.seed = 0
-        self._averaged_step = 0
 
     @property
     def data(self) -> PriorTraining:
@@ -110,13 +115,14 @@ class ScoreMatching(lightning.LightningModule):
         loss = losses.mean()
         if not torch.isfinite(loss):
             raise InputError(
-                f"The training loss is {float(loss.detach())} at step {self.global_step}: training has diverged. The last "
-                "checkpoint is intact; lower model.learning_rate, or set trainer.precision to 32-true, and run again."
+                f"The training loss is {float(loss.detach())} at step {self.global_step}: training has diverged. The "
+                "last checkpoint is intact; lower model.learning_rate, or set trainer.precision to 32-true, and run "
+                "again."
             )
         self.num_patches += len(batch.x) * self.trainer.world_size
         self.num_pixels += batch.x[:, 0].numel() * self.trainer.world_size
         self.log("train/loss", loss.detach(), prog_bar=True)
-        if self.global_step % self.trainer.log_every_n_steps == 0:
+        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._log_bands("train", *self._band_sums(sigma, losses.detach()))
         return loss
 
@@ -126,7 +132,8 @@ class ScoreMatching(lightning.LightningModule):
 
     def validation_step(self, batch: PatchBatch, batch_index: int) -> None:
         """Adds up the loss of the averaged weights on the fixed validation patches."""
-        self._validation_sums += self._band_sums(*self.losses(self.ema, batch))
+        if batch.key:
+            self._validation_sums += self._band_sums(*self.losses(self.ema, batch))
 
     def on_validation_epoch_end(self) -> None:
         """Logs the mean validation loss, over all and per noise band.
@@ -159,20 +166,17 @@ class ScoreMatching(lightning.LightningModule):
                 "intact; lower model.learning_rate, or set trainer.precision to 32-true, and run again."
             )
 
-    def on_train_start(self) -> None:
-        """Notes where the averaged weights stand."""
-        self._averaged_step = self.global_step
-
-    @torch.no_grad()
-    def on_train_batch_end(self, outputs: Any, batch: PatchBatch, batch_index: int) -> None:
-        """Moves the averaged weights after each optimiser step."""
-        t = self.global_step
-        if t == self._averaged_step:  # gradients are still being accumulated
-            return
-        self._averaged_step = t
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """Steps, and moves the averaged weights at once: a checkpoint of this step, by whichever hook, has both."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        t = self.global_step + 1
         decay = min(self.ema_decay, (1 + t) / (10 + t))
-        averages, weights = list(self.ema.parameters()), list(self.denoiser.parameters())
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        averages: list[Tensor] = list(self.ema.parameters())
+        weights: list[Tensor] = list(self.denoiser.parameters())
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, weights, 1 - decay)
 
     def configure_optimizers(self) -> Any:
         """Adam under a linear ramp and a cosine to zero.
@@ -212,8 +216,8 @@ class ScoreMatching(lightning.LightningModule):
             if found.get(key) != wanted.get(key):
                 raise InputError(
                     f"The checkpoint to resume from was written by another network: '{key}' is "
-                    f"{found.get(key, 'absent')}, the configuration asks for {wanted.get(key, 'absent')}. Choose another "
-                    "--output for the new settings, or go back to the old ones."
+                    f"{found.get(key, 'absent')}, the configuration asks for {wanted.get(key, 'absent')}. Choose "
+                    "another --output for the new settings, or go back to the old ones."
                 )
 
     def prior(self) -> Prior:

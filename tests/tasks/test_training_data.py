@@ -1,0 +1,146 @@
+"""Training data: a function of (seed, rank, step) alone, cut where its positions say, split by patient."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from invrecon.data.training import CTTraining, PatchBatch, PatchStream
+from invrecon.errors import InputError
+from invrecon.rng import make_generator
+from tests.tasks.tiny import make_data
+
+
+def equal_batches(a: PatchBatch, b: PatchBatch) -> bool:
+    return torch.equal(a.x, b.x) and torch.equal(a.position, b.position) and a.key == b.key
+
+
+def test_batches_are_a_function_of_seed_rank_and_step_alone() -> None:
+    data = make_data()
+    data.setup()
+    stream = lambda seed, rank, start: list(PatchStream(data._train, seed, rank, 5, lambda: start))  # noqa: E731
+    epoch = stream(0, 0, 5)
+    assert len(epoch) == 5
+    assert all(map(equal_batches, epoch[3:], stream(0, 0, 8)))  # resumed in the middle of an epoch
+    assert len(stream(0, 0, 8)) == 2
+    for other in (stream(1, 0, 5), stream(0, 1, 5), stream(0, 0, 10)):
+        assert not any(a.x.shape == b.x.shape and torch.equal(a.x, b.x) for a, b in zip(epoch, other))
+    assert len({batch.key for rank in (0, 1) for start in (0, 5) for batch in stream(0, rank, start)}) == 20
+
+
+def test_worker_processes_draw_the_same_batches() -> None:
+    alone, shared = make_data(), make_data(num_workers=2)
+    for data in (alone, shared):
+        data.setup()
+    assert all(map(equal_batches, alone.train_dataloader(), shared.train_dataloader()))
+
+
+def test_patches_are_cut_from_the_padded_image_at_their_positions() -> None:
+    data = make_data()
+    data.setup()
+    sampler = data._train
+    assert sampler is not None
+    sizes = set()
+    for seed in range(12):
+        x, position, _ = sampler.draw(make_generator(seed), "")
+        p = x.shape[-1]
+        sizes.add(p)
+        assert len(x) == 512 // p**2 and x.shape[1:] == (1, p, p) and position.shape == (len(x), 2, p, p)
+        column, row = ((position.double() + 1) * 16 - 1).div(2).round().long().unbind(1)
+        inside = (column >= 0) & (column < 16) & (row >= 0) & (row < 16)
+        assert not x[:, 0][~inside].any() and int(row.min()) >= -4 and int(row.max()) <= 19
+        images = sampler.images.float()[:, 0]
+        for patch, i, j, seen in zip(x[:, 0], row, column, inside):
+            values = images[:, i.clamp(0, 15), j.clamp(0, 15)]  # in every image, at the patch's place
+            assert bool(((values - patch).abs() * seen).amax(dim=(1, 2)).min() == 0)
+    assert sizes == {8, 4}
+
+
+def test_patch_sizes_are_drawn_by_their_probabilities() -> None:
+    data = make_data(probabilities=[0.25, 0.75])
+    data.setup()
+    sizes = [data._train.draw(make_generator(i), "").x.shape[-1] for i in range(600)]
+    assert sizes.count(8) / 600 == pytest.approx(0.25, abs=0.06)
+
+
+def test_sigma_data_is_measured() -> None:
+    data = make_data()
+    data.setup()
+    measured = data.measure_sigma_data()
+    assert measured == data.measure_sigma_data()
+    padded = torch.nn.functional.pad(data._train.images.float(), (4, 4, 4, 4))
+    windows = padded.unfold(2, 8, 1).unfold(3, 8, 1)  # every patch that can be drawn
+    assert measured == pytest.approx(float(windows.std()), rel=0.1)
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a folder of CT volumes; each patient's slices hold the patient's number in HU."""
+
+    def write(**files: list[int]) -> Path:
+        for name, patients in files.items():
+            values = np.stack([np.full((8, 8), 10 * p) + np.eye(8) for p in patients])
+            with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+                file["data"] = values.astype(np.int16)
+            entries = [[f"{i}.dcm", f"patient {p}"] for i, p in enumerate(patients)]
+            (tmp_path / f"{name}.patients.json").write_text(json.dumps(entries))
+        return tmp_path
+
+    return write
+
+
+def split_of(folder: Path, **settings: Any) -> tuple[CTTraining, list[int], list[int]]:
+    data = CTTraining(str(folder), size=8, patch_sizes=[4], probabilities=[1.0], pad=0, **settings)
+    train, validation, encode = data.load()
+    assert float(encode(train).min()) >= 0 and float(encode(train).max()) <= 1
+    return data, *([int(image[0, 0, 1]) // 10 for image in images] for images in (train, validation))
+
+
+def test_no_patient_both_trains_and_validates(scans: Callable[..., Path]) -> None:
+    folder = scans(a=[1, 1, 2], b=[3, 4, 4], c=[4, 5, 4])
+    data, train, validation = split_of(folder)
+    assert (train, validation) == ([1, 1, 2, 3, 4, 4, 4, 4], [5])
+    assert data.train_names == ["a.h5", "b.h5", "c.h5"]
+    _, train, validation = split_of(folder, validation=["a.h5"])
+    assert (train, validation) == ([3, 4, 4, 4, 5, 4], [1, 1, 2])
+    with pytest.raises(InputError, match=r"patient 4.*one side"):
+        split_of(folder, validation=["c.h5"])
+    with pytest.raises(InputError, match=r"\['d.h5'\].*a\.h5"):
+        split_of(folder, validation=["d.h5"])
+    with pytest.raises(InputError, match="Nothing is left to train on"):
+        split_of(folder, validation=["a.h5", "b.h5", "c.h5"])
+
+
+def test_a_single_patient_is_split_by_slices_with_a_warning(scans: Callable[..., Path]) -> None:
+    folder = scans(a=[1] * 12, b=[1] * 8)
+    with pytest.warns(UserWarning, match="neighbouring"):
+        _, train, validation = split_of(folder)
+    assert (len(train), len(validation)) == (18, 2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"patch_sizes": [8], "probabilities": [0.5, 0.5]}, "equal length"),
+        ({"probabilities": [0.0, 0.0]}, "not all of them zero"),
+        ({"probabilities": [1.5, -0.5]}, "non-negative"),
+        ({"patch_sizes": [32, 4]}, "do not fit"),
+        ({"batches_per_epoch": 0}, "batches_per_epoch"),
+        ({"pad": -1}, "pad"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], word: str) -> None:
+    with pytest.raises(InputError, match=word):
+        make_data(**settings)
+
+
+def test_slices_of_another_size_are_refused(scans: Callable[..., Path]) -> None:
+    with pytest.raises(InputError, match=r"\(8, 8\) pixels, expected \(16, 16\)"):
+        CTTraining(str(scans(a=[1, 2])), size=16, patch_sizes=[4], probabilities=[1.0], pad=0).load()
