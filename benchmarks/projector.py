@@ -34,9 +34,7 @@ def astra_linear(operator: ParallelBeamCT) -> Contestant:
 
     half = operator.field_of_view / 2
     volume = astra.create_vol_geom(*operator.size, -half, half, -half, half)
-    rays = astra.create_proj_geom(
-        "parallel", operator.bin_width, operator.num_bins, np.array(operator.angles)
-    )
+    rays = astra.create_proj_geom("parallel", operator.bin_width, operator.num_bins, np.array(operator.angles))
     projector = astra.create_projector("linear", rays, volume)
 
     def run(x: torch.Tensor) -> object:
@@ -112,9 +110,7 @@ def measure(size: int, num_views: int, batch: int, repeats: int) -> list[dict[st
 
 def main() -> None:
     """Measures, prints the table, writes the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 512])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])

@@ -18,8 +18,8 @@ import yaml
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 # Short class names resolve among imported classes: these imports are the vocabulary of the configs.
 import invrecon.data.generation
@@ -36,6 +36,13 @@ from invrecon.shared import find_shared, shared_folder
 from invrecon.tasks.checkpoint import AtomicCheckpointIO, ExportPrior
 from invrecon.tasks.previews import TrainingPreviews
 
+# What a model and its data must have for a command.
+HOOKS = {
+    "fit": ("training_step", "train_dataloader"),
+    "validate": ("validation_step", "val_dataloader"),
+    "test": ("test_step", "test_dataloader"),
+    "predict": ("predict_step", "predict_dataloader"),
+}
 # Where the classes are that an argument of the model takes, for messages.
 CHOICES: dict[str, tuple[Any, type]] = {
     "method": (invrecon.methods, invrecon.methods.Method),
@@ -81,6 +88,19 @@ class InvreconCLI(LightningCLI):
                 raise
             raise cause from None
 
+    def after_instantiate_classes(self) -> None:
+        """Refuses a config of another command.
+
+        Raises:
+            InputError: If its model or its data do not know the command.
+        """
+        for part, hook in zip((self.model, self.datamodule), HOOKS[str(self.subcommand)], strict=True):
+            if not is_overridden(hook, part):
+                raise InputError(
+                    f"{type(part).__name__} is not for `invrecon {self.subcommand}` (it has no {hook}): choose another "
+                    "command or --config."
+                )
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds `--output`."""
         parser.add_argument(
@@ -93,7 +113,7 @@ class InvreconCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         """Gives the Trainer the run's folder."""
         config = self.config[self.subcommand]
-        self.output = Path(config.output or default_output(self.subcommand, _config_name(config)))
+        self.output = Path(config.output or default_output(str(self.subcommand), _config_name(config)))
         return super().instantiate_trainer(default_root_dir=str(self.output), **kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[lightning.Callback]) -> lightning.Trainer:
@@ -255,7 +275,9 @@ def complaint(text: str) -> str:
         classes = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, kind)]
         names = sorted(c.__name__ for c in classes if not inspect.isabstract(c))
         return f"{key} is '{name[1]}', expected one of {', '.join(names)}."
-    noise = r"Parser key|Does not validate|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value|Problem with given"
+    noise = (
+        r"Parser key|Does not validate|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value|Problem with given"
+    )
     lines = [line.strip(" -.") for line in text.splitlines()]
     wrong = "; ".join(line for line in lines if line and not re.match(noise, line))
     return f"{key + ': ' if key else ''}{wrong}. `invrecon COMMAND --help` lists what there is."

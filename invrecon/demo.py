@@ -38,7 +38,7 @@ def reconstruct(
     Returns:
         Images by method, and a line of metrics for every method and slice.
     """
-    operator = ParallelBeamCT(size=tuple(x.shape[-2:]), num_views=num_views)
+    operator = ParallelBeamCT(size=(x.shape[-2], x.shape[-1]), num_views=num_views)
     y = operator(x)
     operator.norm()  # computed once here, so that no method's time contains it
     mask, images, rows = body_mask(x), {}, []
@@ -118,9 +118,9 @@ def run(output: Path, prior_name: str, slices: str) -> dict[str, Any]:
     facts = {
         "data": "real chest CT of one patient, in no training set (pyradiomics sample, BSD-3-Clause)",
         "operator": "parallel beam over 180 degrees, 512 detector bins (PaDIS geometry), no noise",
-        "prior": f"{card.kind}, {card.training.get('num_parameters', 0):,} parameters, trained on {len(card.data)} volumes",
+        "prior": f"{card.kind}, {card.training.get('num_parameters', 0):,} parameters, {len(card.data)} volumes",
         "weights (SHA-256)": file_hash(path),
-        "methods": "filtered back-projection (Hann); total variation, converged and tuned; patch diffusion, 50 evaluations",
+        "methods": "filtered back-projection (Hann); total variation, tuned and run to its optimum; patch diffusion",
     }
     write_report(
         output / "report.html",

@@ -152,9 +152,7 @@ def to_json(content: Any, indent: int | None = None) -> str:
     return json.dumps(_plain(content), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
-def write_csv(
-    path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]], fields: Sequence[str] = ()
-) -> None:
+def write_csv(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]], fields: Sequence[str] = ()) -> None:
     """Writes one line a row under a header; absent values stay empty.
 
     Args:
@@ -189,9 +187,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     except OSError as error:
-        raise InputError(
-            f"Cannot read {path}: {error.strerror}; check the path and its permissions."
-        ) from error
+        raise InputError(f"Cannot read {path}: {error.strerror}; check the path and its permissions.") from error
     return digest.hexdigest()
 
 

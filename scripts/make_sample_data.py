@@ -19,8 +19,8 @@ from invrecon.data.convert import HIGH, LOW, resample_slice
 from invrecon.data.intensity import Intensity
 from invrecon.data.measurement import write_measurement
 from invrecon.data.volumes import Volume, open_volume
-from invrecon.operators import ParallelBeamCT
 from invrecon.files import atomic_h5
+from invrecon.operators import ParallelBeamCT
 from invrecon.rng import make_generators
 
 SIZE = 256
@@ -39,9 +39,7 @@ def write_sample(volume: Volume, path: Path) -> None:
     values = torch.stack(slices).round().numpy().astype(np.int16)
     with atomic_h5(path) as file:
         chunks = (1, SIZE, SIZE)
-        file.create_dataset(
-            "data", data=values, chunks=chunks, compression="gzip", compression_opts=9, shuffle=True
-        )
+        file.create_dataset("data", data=values, chunks=chunks, compression="gzip", compression_opts=9, shuffle=True)
         file.attrs.update({"source": f"{SOURCE}; slices {list(SLICES)}", "units": "HU", "patient": PATIENT})
         if volume.voxel_mm is not None:
             z, y, x = volume.voxel_mm

@@ -68,11 +68,7 @@ def test_the_kernel_says_no_space_left(tmp_path, monkeypatch, kind):
 
     def open_full(path, mode="r", **options):
         is_temporary = str(path).endswith(files.TEMPORARY_SUFFIX)
-        return (
-            builtins.open("/dev/full", "r+b", buffering=0)
-            if is_temporary
-            else builtins.open(path, mode, **options)
-        )
+        return builtins.open("/dev/full", "r+b", buffering=0) if is_temporary else builtins.open(path, mode, **options)
 
     monkeypatch.setattr(files, "open", open_full, raising=False)
     with pytest.raises(InputError, match="the disk is full"):
@@ -140,9 +136,7 @@ def test_json_is_strict(tmp_path):
 
 def test_csv_has_every_column_and_quotes(tmp_path):
     path = tmp_path / "a.csv"
-    write_csv(
-        path, [{"case": 'a,"b"', "psnr": math.inf}, {"case": "c", "extra": 1}], ["case", "slice", "psnr"]
-    )
+    write_csv(path, [{"case": 'a,"b"', "psnr": math.inf}, {"case": "c", "extra": 1}], ["case", "slice", "psnr"])
     assert path.read_text() == 'case,slice,psnr,extra\n"a,""b""",,inf,\nc,,,1\n'
 
 

@@ -15,9 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "invrecon"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-OTHERS = [
-    path for folder in ("scripts", "benchmarks", "tests") for path in sorted((ROOT / folder).rglob("*.py"))
-]
+OTHERS = [path for folder in ("scripts", "benchmarks", "tests") for path in sorted((ROOT / folder).rglob("*.py"))]
 SOURCES = [*MODULES, *OTHERS]
 MAX_LINES = 450
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal"}
@@ -138,9 +136,7 @@ def dangers(path: Path) -> Iterator[str]:
             or (module == "yaml" and function in ("load", "load_all", "unsafe_load", "full_load"))
             or (name == "torch.load" and keywords.get("weights_only") is not True)
             or (function == "load_from_checkpoint" and keywords.get("weights_only") is not True)
-            or (
-                keywords.get("allow_pickle") is True and function != "save"
-            )  # hostile files are made in tests
+            or (keywords.get("allow_pickle") is True and function != "save")  # hostile files are made in tests
             or keywords.get("shell") is True
         ):
             yield f"line {node.lineno}: {ast.unparse(node)}"

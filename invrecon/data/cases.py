@@ -76,9 +76,7 @@ class CaseBatch:
     def to(self, device: torch.device | str) -> CaseBatch:
         """Returns the batch with its tensors on `device`."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {
-            name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)
-        }
+        moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
         return replace(self, **moved)
 
 

@@ -53,16 +53,12 @@ def convert(
     volumes = [open_volume(path, dataset=dataset) for path in sources]
     if suffix_of(output) in HDF5_SUFFIXES:
         if len(volumes) > 1:
-            raise InputError(
-                f"{len(volumes)} volumes cannot go into one file {output}; name a folder as output."
-            )
+            raise InputError(f"{len(volumes)} volumes cannot go into one file {output}; name a folder as output.")
         targets = [output]
     else:
         targets = [output / f"{volume.stem}.h5" for volume in volumes]
     if len(set(targets)) < len(targets):
-        raise InputError(
-            f"Two inputs would both be written to one file in {output}; convert them one at a time."
-        )
+        raise InputError(f"Two inputs would both be written to one file in {output}; convert them one at a time.")
     for target, source in zip(targets, sources, strict=True):
         if target.exists() and target.resolve() == source.resolve():
             raise InputError(f"{target} is both input and output; choose another output.")
@@ -81,9 +77,7 @@ def resample_slice(hu: Tensor, size: int, *, fill: float = LOW) -> Tensor:
     if side % size == 0:
         k = side // size
         return square.reshape(size, k, size, k).mean(dim=(1, 3))
-    return interpolate(
-        square[None, None], (size, size), mode="bilinear", antialias=True, align_corners=False
-    )[0, 0]
+    return interpolate(square[None, None], (size, size), mode="bilinear", antialias=True, align_corners=False)[0, 0]
 
 
 def _write(volume: Volume, target: Path, size: int) -> None:
@@ -106,9 +100,7 @@ def _write(volume: Volume, target: Path, size: int) -> None:
             file.attrs["voxel_mm"] = (x * scale, y * scale, z)
     sidecar = target.with_name(f"{target.stem}.patients.json")
     if len(set(volume.patients)) > 1:
-        write_json(
-            sidecar, [[f"{volume.path.name}[{i}]", patient] for i, patient in enumerate(volume.patients)]
-        )
+        write_json(sidecar, [[f"{volume.path.name}[{i}]", patient] for i, patient in enumerate(volume.patients)])
     else:
         sidecar.unlink(missing_ok=True)  # it belonged to a file that was replaced
 

@@ -37,9 +37,7 @@ def open_hdf5(path: Path) -> Any:
 def list_datasets(file: Any) -> list[str]:
     """Lists the datasets of an open HDF5 file with their shapes, for messages."""
     names: list[str] = []
-    file.visititems(
-        lambda name, item: names.append(f"'{name}' {item.shape}") if hasattr(item, "shape") else None
-    )
+    file.visititems(lambda name, item: names.append(f"'{name}' {item.shape}") if hasattr(item, "shape") else None)
     return names
 
 
@@ -48,14 +46,8 @@ def read_voxel_mm(path: Path, attrs: dict[str, Any]) -> VoxelSize | None:
     values = np.atleast_1d(np.asarray(attrs.get("voxel_mm", [])))
     if values.size == 0:
         return None
-    if (
-        values.shape != (3,)
-        or values.dtype.kind not in "fiu"
-        or not (np.isfinite(values) & (values > 0)).all()
-    ):
-        raise InputError(
-            f"The attribute 'voxel_mm' of {path} is {values}, expected three positive lengths (x, y, z)."
-        )
+    if values.shape != (3,) or values.dtype.kind not in "fiu" or not (np.isfinite(values) & (values > 0)).all():
+        raise InputError(f"The attribute 'voxel_mm' of {path} is {values}, expected three positive lengths (x, y, z).")
     x, y, z = (float(v) for v in values)
     return z, y, x
 
@@ -69,9 +61,7 @@ def check_real(path: Path, dtype: np.dtype) -> None:
     if dtype.kind == "c":
         raise InputError(f"{path} holds complex numbers ({dtype}), expected real values; save the real part.")
     if dtype.kind not in "fiu":
-        raise InputError(
-            f"{path} holds elements of type {dtype}, expected integers or floats; save it as such."
-        )
+        raise InputError(f"{path} holds elements of type {dtype}, expected integers or floats; save it as such.")
 
 
 def text_of(value: object) -> str:

@@ -95,8 +95,7 @@ class Measurement:
                     noise = np.asarray(stored[()] if stored.ndim == 0 else stored[index], dtype=np.float32)
         except OSError as error:
             raise InputError(
-                f"Sinogram {index} of {self.path} cannot be read: the file is damaged or truncated; copy it "
-                "again."
+                f"Sinogram {index} of {self.path} cannot be read: the file is damaged or truncated; copy it again."
             ) from error
         if not np.isfinite(values).all():
             raise InputError(
@@ -165,9 +164,7 @@ def write_measurement(
 
     path, values = Path(path), np.asarray(sinograms.detach().cpu().numpy(), dtype=np.float32)
     if values.ndim != 3 or 0 in values.shape:
-        raise InputError(
-            f"The sinograms for {path} have shape {values.shape}, expected (slices, views, bins)."
-        )
+        raise InputError(f"The sinograms for {path} have shape {values.shape}, expected (slices, views, bins).")
     if not np.isfinite(values).all():
         raise InputError(f"The sinograms for {path} have NaN or Inf values, expected finite line integrals.")
     checked = check_geometry(path, geometry, values.shape)
@@ -175,9 +172,7 @@ def write_measurement(
     if noise is not None:
         _check_noise(path, noise, values.shape)
         if not (np.isfinite(noise) & (noise >= 0)).all():
-            raise InputError(
-                f"'noise_std' for {path} has negative, NaN or Inf values, expected numbers >= 0."
-            )
+            raise InputError(f"'noise_std' for {path} has negative, NaN or Inf values, expected numbers >= 0.")
     intensity = Intensity()
     with atomic_h5(path) as file:
         file.attrs.update({"format": FORMAT, "version": VERSION, "source": source, "patient": patient})
@@ -207,14 +202,10 @@ def check_geometry(path: Path, geometry: Geometry, shape: tuple[int, ...]) -> Ge
     required = ("angles", "num_bins", *LENGTHS[kind])
     missing = [key for key in required if geometry.get(key) is None]
     if missing:
-        raise InputError(
-            f"The geometry of {path} lacks '{missing[0]}'; a {kind} beam needs {', '.join(required)}."
-        )
+        raise InputError(f"The geometry of {path} lacks '{missing[0]}'; a {kind} beam needs {', '.join(required)}.")
     unknown = sorted(key for key in geometry if key not in ("type", *LENGTHS["fan"], "angles", "num_bins"))
     if unknown:
-        raise InputError(
-            f"The geometry of {path} has an unknown entry '{unknown[0]}'; expected {', '.join(required)}."
-        )
+        raise InputError(f"The geometry of {path} has an unknown entry '{unknown[0]}'; expected {', '.join(required)}.")
     try:
         angles = np.asarray(geometry["angles"], dtype=np.float64)
         num_bins = int(geometry["num_bins"])
@@ -222,9 +213,7 @@ def check_geometry(path: Path, geometry: Geometry, shape: tuple[int, ...]) -> Ge
     except (TypeError, ValueError) as error:
         raise InputError(f"The geometry of {path} has an entry that is not a number ({error}).") from error
     if angles.ndim != 1 or not np.isfinite(angles).all():
-        raise InputError(
-            f"The 'angles' of {path} have shape {angles.shape}, expected (views,) finite numbers [rad]."
-        )
+        raise InputError(f"The 'angles' of {path} have shape {angles.shape}, expected (views,) finite numbers [rad].")
     if angles.size and np.abs(angles).max() > 4 * math.pi:
         raise InputError(
             f"The 'angles' of {path} reach {np.abs(angles).max():g}, expected radians within +-4 pi; divide "
@@ -253,12 +242,8 @@ def _dataset(path: Path, file: Any, name: str) -> Any:
 def _read_geometry(path: Path, file: Any, shape: tuple[int, ...]) -> Geometry:
     group = file.get("geometry")
     if group is None or hasattr(group, "shape"):
-        raise InputError(
-            f"The measurement file {path} has no group 'geometry'; see docs/measurement-file.md."
-        )
-    entries: Geometry = {
-        key: value.item() if hasattr(value, "item") else value for key, value in group.attrs.items()
-    }
+        raise InputError(f"The measurement file {path} has no group 'geometry'; see docs/measurement-file.md.")
+    entries: Geometry = {key: value.item() if hasattr(value, "item") else value for key, value in group.attrs.items()}
     entries["type"] = text_of(entries.get("type", ""))
     entries["angles"] = _dataset(path, file, "geometry/angles")[()]
     return check_geometry(path, entries, shape)

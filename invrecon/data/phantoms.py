@@ -105,9 +105,7 @@ def random_ellipses(
         InputError: If `disk_diameter` is not in (0, 1].
     """
     if not 0 < disk_diameter <= 1:
-        raise InputError(
-            f"disk_diameter is {disk_diameter}, expected a fraction of the image's width in (0, 1]."
-        )
+        raise InputError(f"disk_diameter is {disk_diameter}, expected a fraction of the image's width in (0, 1].")
     radius = disk_diameter  # the image is 2 wide, so the two numbers agree
     count = int(torch.poisson(torch.tensor(float(mean_number)), generator=generator))
     num = max(1, min(count, max_number))

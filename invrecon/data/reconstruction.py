@@ -81,8 +81,7 @@ class ReconstructionData(lightning.LightningDataModule):
             file = self._open(path)
             if file.stem in stems:
                 raise InputError(
-                    f"{path} and {stems[file.stem]} have the same name, which names their results; rename "
-                    "one."
+                    f"{path} and {stems[file.stem]} have the same name, which names their results; rename one."
                 )
             stems[file.stem] = path
             indices = parse_slices(self.slices, len(file), name=str(path))
@@ -146,9 +145,7 @@ class ReconstructionData(lightning.LightningDataModule):
         for file, indices in self._files:
             left = [index for index in indices if case_id(file.path, index) not in skip]
             batches += [(file, left[i : i + self.batch_size]) for i in range(0, len(left), self.batch_size)]
-        return DataLoader(
-            _Batches(batches[rank::num_ranks], self.load), batch_size=None, num_workers=self.num_workers
-        )
+        return DataLoader(_Batches(batches[rank::num_ranks], self.load), batch_size=None, num_workers=self.num_workers)
 
     def _open(self, path: Path) -> Volume | Measurement:
         if is_measurement(path):
@@ -201,12 +198,9 @@ def resolve_paths(paths: Sequence[str] | str) -> list[Path]:
         places = [Path(name).expanduser(), *(folder / name for folder in SHIPPED)]
         found = next((place for place in places if place.exists()), None)
         if found is None:
-            shipped = sorted(
-                {file.name for folder in SHIPPED if folder.is_dir() for file in folder.glob("*.h5")}
-            )
+            shipped = sorted({file.name for folder in SHIPPED if folder.is_dir() for file in folder.glob("*.h5")})
             raise InputError(
-                f"{name} does not exist, and is none of the shipped files ({', '.join(shipped)}); check "
-                "data.paths."
+                f"{name} does not exist, and is none of the shipped files ({', '.join(shipped)}); check data.paths."
             )
         resolved.append(found)
     return resolved

@@ -65,9 +65,7 @@ class NiftiVolume(_OrientedVolume):
         try:
             image: Any = nibabel.load(path)
         except Exception as error:
-            raise InputError(
-                f"{path} is not a readable NIfTI file ({brief(error)}); convert it again."
-            ) from error
+            raise InputError(f"{path} is not a readable NIfTI file ({brief(error)}); convert it again.") from error
         to_lps = np.diag([-1.0, -1.0, 1.0])  # NIfTI counts right and anterior as positive
         self._orient(_three_axes(path, image.shape), to_lps @ np.asarray(image.affine, dtype=float)[:3, :3])
         self._pixels = _Squeezed(image.dataobj)
@@ -109,9 +107,7 @@ class NRRDVolume(_OrientedVolume):
         except InputError:
             raise
         except Exception as error:
-            raise InputError(
-                f"{path} is not a readable NRRD file ({brief(error)}); convert it again."
-            ) from error
+            raise InputError(f"{path} is not a readable NRRD file ({brief(error)}); convert it again.") from error
         self._orient(sizes, np.diag(signs) @ directions)
         if not known:
             self.voxel_mm = None
@@ -131,19 +127,14 @@ class DicomVolume(Volume):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        headers = {
-            entry: _read_dicom(entry, pixels=False) for entry in sorted(path.iterdir()) if is_dicom(entry)
-        }
-        headers = {
-            entry: header for entry, header in headers.items() if "Rows" in header and "Columns" in header
-        }
+        headers = {entry: _read_dicom(entry, pixels=False) for entry in sorted(path.iterdir()) if is_dicom(entry)}
+        headers = {entry: header for entry, header in headers.items() if "Rows" in header and "Columns" in header}
         if not headers:
             raise InputError(f"The folder {path} holds no DICOM image; expected the slices of one series.")
         series = {str(header.get("SeriesInstanceUID", "")) for header in headers.values()}
         if len(series) > 1:
             raise InputError(
-                f"The folder {path} mixes {len(series)} DICOM series, expected one; put each into a folder "
-                "of its own."
+                f"The folder {path} mixes {len(series)} DICOM series, expected one; put each into a folder of its own."
             )
         sizes = {(int(header.Rows), int(header.Columns)) for header in headers.values()}
         if len(sizes) > 1:

@@ -168,8 +168,7 @@ def open_volume(path: str | Path, *, dataset: str = "data", units: str = "HU") -
         )
     if volume.units != units:
         raise InputError(
-            f"{path} is in units '{volume.units}', expected '{units}'; rescale it and set its attribute "
-            "'units'."
+            f"{path} is in units '{volume.units}', expected '{units}'; rescale it and set its attribute 'units'."
         )
     return volume
 
@@ -228,8 +227,7 @@ def find_volumes(paths: str | Path | Sequence[str | Path]) -> list[Path]:
             inside = _search(path)
             if not inside:
                 raise InputError(
-                    f"The folder {path} holds no readable volume; expected files {', '.join(SUFFIXES)} or "
-                    "DICOM."
+                    f"The folder {path} holds no readable volume; expected files {', '.join(SUFFIXES)} or DICOM."
                 )
             found.update(dict.fromkeys(inside))
         elif path.exists():
@@ -256,9 +254,7 @@ def parse_slices(text: str | None, num: int, *, name: str = "the volume") -> lis
     for part in str(text).split(","):
         for index in _parse_part(part, num, text):
             if not 0 <= index < num:
-                raise InputError(
-                    f"The slices '{text}' ask for slice {index}, but {name} has only 0 to {num - 1}."
-                )
+                raise InputError(f"The slices '{text}' ask for slice {index}, but {name} has only 0 to {num - 1}.")
             indices.append(index)
     if not indices:
         raise InputError(f"The slices '{text}' select nothing of {name}, which has slices 0 to {num - 1}.")
@@ -320,23 +316,16 @@ def _sidecar_patients(path: Path, num: int) -> tuple[str, ...] | None:
         patients = tuple(str(entry[1]) for entry in entries)
     except (ValueError, TypeError, LookupError) as error:
         raise InputError(
-            f"{sidecar} is not understood ({brief(error)}); expected a list of [source, patient] pairs, one "
-            "per slice."
+            f"{sidecar} is not understood ({brief(error)}); expected a list of [source, patient] pairs, one per slice."
         ) from error
     if len(patients) != num:
-        raise InputError(
-            f"{sidecar} names {len(patients)} slices, but {path} has {num}; list one entry per slice."
-        )
+        raise InputError(f"{sidecar} names {len(patients)} slices, but {path} has {num}; list one entry per slice.")
     return patients
 
 
 def _constant_error(volume: Volume, indices: Sequence[int]) -> InputError:
     value = float(volume.read(indices[0])[0, 0])
-    what = (
-        f"slice {indices[0]} is"
-        if len(indices) == 1
-        else f"all {len(indices)} slices from {indices[0]} on are"
-    )
+    what = f"slice {indices[0]} is" if len(indices) == 1 else f"all {len(indices)} slices from {indices[0]} on are"
     return InputError(
         f"The image is constant in {volume.path}: {what} {value:g} {volume.units} (or outside the scale) "
         f"everywhere, so there is nothing to reconstruct; check that the data are in {volume.units} and "

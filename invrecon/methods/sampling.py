@@ -214,7 +214,8 @@ class ProximalDiffusion(Sampler):
 
     Args:
         num_levels: Noise levels, and so denoiser evaluations.
-        sigma_max: First noise level, in intensity units. It has to exceed the start's error.
+        sigma_max: First noise level, in intensity units. It has to exceed the start's error: 0.1 is twice that of
+            filtered back-projection from 20 views; from fewer than ten take 0.3.
         sigma_min: Last noise level.
         rho: Exponent of the Karras schedule.
         cg_iterations: CG iterations of the data step.
@@ -229,8 +230,8 @@ class ProximalDiffusion(Sampler):
 
     def __init__(
         self,
-        num_levels: int = 50,
-        sigma_max: float = 0.15,
+        num_levels: int = 32,
+        sigma_max: float = 0.1,
         sigma_min: float = 0.002,
         rho: float = 7.0,
         cg_iterations: int = 10,

@@ -85,9 +85,7 @@ def summarise_by(
     return {name: summarise(group, metrics, seed) for name, group in groups.items()}
 
 
-def paired_difference(
-    rows_a: Iterable[Row], rows_b: Iterable[Row], metric: str = "psnr", seed: int = 0
-) -> Summary:
+def paired_difference(rows_a: Iterable[Row], rows_b: Iterable[Row], metric: str = "psnr", seed: int = 0) -> Summary:
     """Mean of `a - b` over the slices both have, with the bootstrap interval of `summarise`.
 
     Slices are matched by `case` and `slice`. Pairing removes what makes slices differ from each other, so the
@@ -134,8 +132,7 @@ def format_table(summaries: Mapping[str, Any], metrics: Sequence[str] | None = N
 
     def render(cells: list[str]) -> str:
         first, *rest = [
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
         ]
         return "   ".join([first, *rest]).rstrip()
 
@@ -201,9 +198,7 @@ def _bootstrap(groups: Mapping[str, list[float]], seed: int) -> dict[str, Any]:
     drawn = rng.integers(len(values), size=(NUM_RESAMPLES, len(values)))
     totals, counts = np.zeros(NUM_RESAMPLES), np.zeros(NUM_RESAMPLES)
     for index, group in enumerate(values):
-        replicate = np.nonzero(drawn == index)[
-            0
-        ]  # a patient drawn k times is resampled k times, independently
+        replicate = np.nonzero(drawn == index)[0]  # a patient drawn k times is resampled k times, independently
         sums = group[rng.integers(len(group), size=(len(replicate), len(group)))].sum(axis=1)
         np.add.at(totals, replicate, sums)
         np.add.at(counts, replicate, len(group))
@@ -221,14 +216,8 @@ def describe(summary: Mapping[str, Any]) -> str:
     """What was averaged, what the interval means and what was left out, as a line."""
     cases, patients = summary.get("num_cases", 0), summary.get("num_patients", 0)
     counted = f"{cases} slice{'s' * (cases != 1)} of {patients} patient{'s' * (patients != 1)}"
-    excluded = {
-        k: v["num_excluded"] for k, v in summary.items() if isinstance(v, Mapping) and v.get("num_excluded")
-    }
-    left_out = (
-        "; not finite and left out: " + ", ".join(f"{n} of {k}" for k, n in excluded.items())
-        if excluded
-        else ""
-    )
+    excluded = {k: v["num_excluded"] for k, v in summary.items() if isinstance(v, Mapping) and v.get("num_excluded")}
+    left_out = "; not finite and left out: " + ", ".join(f"{n} of {k}" for k, n in excluded.items()) if excluded else ""
     return f"{counted}; intervals: {summary.get('interval', '')}{left_out}"
 
 

@@ -89,9 +89,7 @@ class LinearOperator(nn.Module, ABC):
         """
         return conjugate_gradient(self.normal, self.adjoint(y), max_iter=max_iter, tol=tol)
 
-    def prox(
-        self, x: Tensor, y: Tensor, weight: float | Tensor, *, max_iter: int = 10, tol: float = 0.0
-    ) -> Tensor:
+    def prox(self, x: Tensor, y: Tensor, weight: float | Tensor, *, max_iter: int = 10, tol: float = 0.0) -> Tensor:
         r"""Returns the proximal map of the data term, `argmin_z weight/2 ||A z - y||^2 + 1/2 ||z - x||^2`.
 
         Solved for the correction `d = z - x`, scaled by `s = max(weight, 1)` so that both limits are finite:
@@ -109,9 +107,7 @@ class LinearOperator(nn.Module, ABC):
         scale = weight.clamp(min=1.0)
         identity, data = 1 / scale, weight.clamp(max=1.0)
         rhs = data * self.adjoint(y - self(x))
-        return x + conjugate_gradient(
-            lambda d: identity * d + data * self.normal(d), rhs, max_iter=max_iter, tol=tol
-        )
+        return x + conjugate_gradient(lambda d: identity * d + data * self.normal(d), rhs, max_iter=max_iter, tol=tol)
 
     def baseline(self, y: Tensor) -> Tensor:
         """Returns the field's direct reconstruction of `y`; by default the pseudo-inverse."""

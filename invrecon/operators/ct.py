@@ -369,9 +369,7 @@ def ct_from_geometry(geometry: Mapping[str, Any], size: int | tuple[int, int]) -
     kind = geometry.get("type")
     if kind not in kinds:
         raise InputError(f"The geometry's type must be one of {', '.join(kinds)}, got {kind!r}.")
-    missing, unknown = (
-        sorted(s) for s in (kinds[kind] - set(geometry), set(geometry) - kinds[kind] - {"type"})
-    )
+    missing, unknown = (sorted(s) for s in (kinds[kind] - set(geometry), set(geometry) - kinds[kind] - {"type"}))
     _require(
         not missing and not unknown,
         f"A {kind} geometry needs {', '.join(sorted(kinds[kind]))}; "

@@ -67,9 +67,7 @@ class SparseMatrix(nn.Module):
             shape = self.shape[::-1] if transpose else self.shape
             with torch.inference_mode(False), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-                self._csr[transpose] = torch.sparse_csr_tensor(
-                    crow, col, values, size=shape, check_invariants=False
-                )
+                self._csr[transpose] = torch.sparse_csr_tensor(crow, col, values, size=shape, check_invariants=False)
         return self._csr[transpose]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -40,10 +40,37 @@ def _zero(module: nn.Module) -> None:
         nn.init.zeros_(parameter)
 
 
-def group_norm(num_channels: int) -> nn.GroupNorm:
-    """Returns a group normalisation with at least four channels a group and at most 32 groups."""
-    num_groups = next(n for n in range(min(32, max(1, num_channels // 4)), 0, -1) if num_channels % n == 0)
-    return nn.GroupNorm(num_groups, num_channels, eps=1e-5)
+class GroupNorm(nn.GroupNorm):
+    r"""Group normalisation and modulation as one affine map a channel.
+
+    $$ y = (1 + a) (w (x - \mu_g) / \sqrt{v_g + \epsilon} + c) + b $$
+
+    (Wu & He 2018, eq. 1 to 3; the modulation of Dhariwal & Nichol 2021.) Mean and variance of a group come from two
+    sums, and everything else is folded into one multiplication and addition a pixel: several times faster on a CPU
+    than `torch.nn.functional.group_norm` in bfloat16, which it equals up to rounding.
+
+    Args:
+        num_channels: Channels, in groups of at least four and at most 32 groups.
+    """
+
+    def __init__(self, num_channels: int) -> None:
+        most = min(32, max(1, num_channels // 4))
+        super().__init__(next(n for n in range(most, 0, -1) if num_channels % n == 0), num_channels)
+
+    def forward(self, x: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
+        """Normalises `x` `(B, C, H, W)`; gains `a` and shifts `b` are `(B, C)`."""
+        B, C = x.shape[:2]
+        count = C // self.num_groups * x.shape[2:].numel()
+        precise = torch.promote_types(x.dtype, torch.float32)
+        first, second = (u.sum((2, 3), dtype=precise).reshape(B, self.num_groups, -1).sum(2) for u in (x, x * x))
+        mean = first / count
+        scale = ((second / count - mean**2).clamp(min=0) + self.eps).rsqrt()
+        mean, scale = (u.repeat_interleave(C // self.num_groups, dim=1) for u in (mean, scale))
+        gain = self.weight * scale
+        shift = self.bias - mean * gain
+        if a is not None and b is not None:
+            gain, shift = (1 + a) * gain, (1 + a) * shift + b
+        return torch.addcmul(shift.to(x.dtype)[:, :, None, None], x, gain.to(x.dtype)[:, :, None, None])
 
 
 class ResidualBlock(nn.Module):
@@ -66,7 +93,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.modulation = nn.Linear(num_features, 2 * out_channels)
-        self.norm = group_norm(out_channels)
+        self.norm = GroupNorm(out_channels)
         self.dropout = nn.Dropout2d(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
@@ -78,8 +105,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
         """Maps `(B, in_channels, H, W)` and `(B, num_features)` to `(B, out_channels, H, W)`."""
         h = self.conv1(nnf.silu(x))
-        a, b = self.modulation(e)[:, :, None, None].chunk(2, dim=1)
-        h = nnf.silu(torch.addcmul(b.to(h.dtype), self.norm(h).to(h.dtype), 1 + a.to(h.dtype)))
+        h = nnf.silu(self.norm(h, *self.modulation(e).chunk(2, dim=1)))
         return (self.project(x) + self.conv2(self.dropout(h))) * math.sqrt(0.5)
 
 
@@ -93,7 +119,7 @@ class SelfAttention(nn.Module):
     def __init__(self, num_channels: int) -> None:
         super().__init__()
         self.num_heads = max(1, num_channels // 64)
-        self.norm = group_norm(num_channels)
+        self.norm = GroupNorm(num_channels)
         self.qkv = nn.Conv2d(num_channels, 3 * num_channels, 1)
         self.project = nn.Conv2d(num_channels, num_channels, 1)
         _zero(self.project)
@@ -159,7 +185,7 @@ class UNet(nn.Module):
         # Channels are matched at the coarse side, before upsampling: four times cheaper than after it.
         self.narrow = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in coarser)
         self.decoder = nn.ModuleList(stage(2 * a, a) for a, _ in coarser)
-        self.norm = group_norm(widths[0])
+        self.norm = GroupNorm(widths[0])
         self.head = nn.Conv2d(widths[0], image_channels, 3, padding=1)
         _zero(self.head)
 

@@ -36,9 +36,7 @@ def choose_windows(image: Image) -> tuple[Window, ...]:
     """
     array = torch.from_numpy(_array(image))
     inside = array[body_mask((array[None, None] + 1000) / 3000)[0, 0]]
-    lung = (
-        ((inside > -950) & (inside < -500)).float().mean().item()
-    )  # NaN, so no lung, where there is no body
+    lung = ((inside > -950) & (inside < -500)).float().mean().item()  # NaN, so no lung, where there is no body
     return (LUNG, SOFT_TISSUE) if lung > 1 / 16 else (SOFT_TISSUE,)
 
 
@@ -215,9 +213,7 @@ def _zoom_box(image: np.ndarray, window: Window) -> tuple[int, int, int]:
     density = torch.nn.functional.avg_pool2d(energy.sqrt(), size, stride=1)[0, 0].numpy()
     rows, columns = np.indices(density.shape)
     middle = np.hypot(rows / density.shape[0] - 0.5, columns / density.shape[1] - 0.5) < 0.3
-    edge = (
-        (1 - INSET) * np.array(image.shape) - size - 1
-    )  # beyond it the square would reach under its own inset
+    edge = (1 - INSET) * np.array(image.shape) - size - 1  # beyond it the square would reach under its own inset
     density = density * (middle & ((rows < edge[0]) | (columns < edge[1])))
     top, left = np.unravel_index(int(np.argmax(density)), density.shape)
     return int(top), int(left), size

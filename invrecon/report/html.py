@@ -190,8 +190,7 @@ def _rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
     present = {key for row in rows for key, value in row.items() if value is not None and value != ""}
     columns = [c for c in _ROW_COLUMNS if c in present] + sorted(present - set(_ROW_COLUMNS))
     head = "".join(
-        f'<th aria-sort="none"{_words(c)}><button type="button">{_text(_title(c))}</button></th>'
-        for c in columns
+        f'<th aria-sort="none"{_words(c)}><button type="button">{_text(_title(c))}</button></th>' for c in columns
     )
     body = "".join("<tr>" + "".join(_row_cell(c, row.get(c)) for c in columns) + "</tr>" for row in rows)
     table = f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
@@ -241,18 +240,14 @@ def _comparison(comparison: Comparison) -> str:
         return f'<select class="{side}" aria-label="Image on the {side}">{options}</select>'
 
     choices = f'<div class="choices">{choice("left", 0)}{choice("right", len(labels) - 1)}</div>'
-    slider = (
-        '<input type="range" min="0" max="100" step="0.1" value="50" aria-label="Where the two images meet">'
-    )
+    slider = '<input type="range" min="0" max="100" step="0.1" value="50" aria-label="Where the two images meet">'
     stage = f'<div class="stage">{images}<span class="bar"></span>{slider}</div>'
     caption = f"<figcaption>{_text(comparison.caption)}</figcaption>"
     return f'<figure class="compare">{choices}{stage}{caption}</figure>'
 
 
 def _details(name: str, content: str) -> str:
-    return (
-        f"<details><summary>{_text(name)}</summary><pre>{_text(content)}</pre></details>" if content else ""
-    )
+    return f"<details><summary>{_text(name)}</summary><pre>{_text(content)}</pre></details>" if content else ""
 
 
 def _data_uri(png: bytes | str | os.PathLike[str]) -> str:
@@ -261,7 +256,5 @@ def _data_uri(png: bytes | str | os.PathLike[str]) -> str:
         try:
             png = path.read_bytes()
         except OSError as error:
-            raise InputError(
-                f"Cannot read the figure {path}: {error.strerror}; run the command again."
-            ) from error
+            raise InputError(f"Cannot read the figure {path}: {error.strerror}; run the command again.") from error
     return "data:image/png;base64," + base64.b64encode(png).decode()

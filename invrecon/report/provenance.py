@@ -17,9 +17,7 @@ from invrecon.errors import InputError
 from invrecon.files import to_json
 
 
-def fingerprint(
-    settings: Mapping[str, Any], weights_sha256: str | None = None, inputs: Sequence[str] = ()
-) -> str:
+def fingerprint(settings: Mapping[str, Any], weights_sha256: str | None = None, inputs: Sequence[str] = ()) -> str:
     """Identity of what decides a run's numbers: its settings, its weights and its input files.
 
     Args:

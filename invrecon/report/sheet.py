@@ -40,9 +40,7 @@ class Sheet:
         subtitle: Upper right.
     """
 
-    def __init__(
-        self, num_rows: int, num_columns: int, shape: tuple[int, ...], title: str, subtitle: str
-    ) -> None:
+    def __init__(self, num_rows: int, num_columns: int, shape: tuple[int, ...], title: str, subtitle: str) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -69,9 +67,7 @@ class Sheet:
         for x, text, color in ((0.14, _small_caps(name), TEXT), (0.29, detail, MUTED)):
             self._text(x, centre, text, size=6.8, color=color, ha="center", rotation=90)
 
-    def panel(
-        self, row: int, column: int, array: np.ndarray, window: Window, box: tuple[int, int, int]
-    ) -> Any:
+    def panel(self, row: int, column: int, array: np.ndarray, window: Window, box: tuple[int, int, int]) -> Any:
         """An image with its zoom in the lower right corner, where a body seldom reaches."""
         from matplotlib.patches import Rectangle
 
@@ -83,9 +79,7 @@ class Sheet:
             frame: dict[str, Any] = {"fill": False, "edgecolor": ACCENT, "linewidth": 0.7}
             axes.add_patch(Rectangle((left - 0.5, top - 0.5), size, size, alpha=0.9, **frame))
             inset = axes.inset_axes((1 - INSET, 0, INSET, INSET * PANEL / self.panel_height))
-            inset.imshow(
-                array[top : top + size, left : left + size], interpolation="bicubic", aspect="auto", **style
-            )
+            inset.imshow(array[top : top + size, left : left + size], interpolation="bicubic", aspect="auto", **style)
             _bare(inset, ACCENT, 0.7)
         return axes
 
@@ -101,9 +95,7 @@ class Sheet:
             interpolation="nearest",
         )
 
-    def errors(
-        self, row: int, arrays: Mapping[str, np.ndarray], truth: np.ndarray, limit: float, units: str
-    ) -> None:
+    def errors(self, row: int, arrays: Mapping[str, np.ndarray], truth: np.ndarray, limit: float, units: str) -> None:
         """A row of signed errors on one scale, its colour bar under the reference."""
         self.row_label(row, "error", f"± {limit:.0f} {units}")
         mappable = None

@@ -166,9 +166,7 @@ class PredictionStore:
         if path.exists():
             with h5py.File(path, "r") as file:
                 arrays = {name: file[name][()] for name in file}
-                return Part(
-                    case_id, arrays, json.loads(file.attrs["row"]), voxel_of(file), str(file.attrs["source"])
-                )
+                return Part(case_id, arrays, json.loads(file.attrs["row"]), voxel_of(file), str(file.attrs["source"]))
         case, index = case_id.rsplit("/", 1)
         volume = self._volume_path(case)
         if volume.exists():

@@ -95,9 +95,7 @@ def open_volume(path: Path) -> h5py.File:
     try:
         file = h5py.File(path, "r")
     except OSError as error:
-        raise InputError(
-            f"{path} is damaged or no HDF5 file: remove it, or choose another --output."
-        ) from error
+        raise InputError(f"{path} is damaged or no HDF5 file: remove it, or choose another --output.") from error
     if file.attrs.get("format") != FORMAT:
         file.close()
         raise InputError(
@@ -131,11 +129,7 @@ def has_mean(path: Path) -> bool:
 
 def squeeze_channel(value: Tensor | np.ndarray, keep_first: bool) -> np.ndarray:
     """As float32 on the CPU, without the channel axis where it has one entry."""
-    array = (
-        value.detach().cpu().float().numpy()
-        if isinstance(value, Tensor)
-        else np.asarray(value, dtype=np.float32)
-    )
+    array = value.detach().cpu().float().numpy() if isinstance(value, Tensor) else np.asarray(value, dtype=np.float32)
     axis = 1 if keep_first else 0
     return array.squeeze(axis) if array.ndim > 2 + axis and array.shape[axis] == 1 else array
 

@@ -99,17 +99,13 @@ class ResultWriter(lightning.Callback):
             if estimate.samples is not None and pl_module.save_samples:
                 arrays["samples"] = decode(estimate.samples[b])
             if name in self.drawn:
-                arrays["baseline"] = (
-                    None if outputs.baseline is None else decode(outputs.baseline[b].clamp(0, 1))
-                )
+                arrays["baseline"] = None if outputs.baseline is None else decode(outputs.baseline[b].clamp(0, 1))
                 arrays["reference"] = None if outputs.reference is None else decode(outputs.reference[b])
             voxel = batch.voxel_mm[b] if batch.voxel_mm else None
             if voxel is not None and batch.reference is not None:  # stored finer than it is reconstructed
                 factor = batch.reference.shape[-1] / estimate.mean.shape[-1]
                 voxel = (voxel[0], voxel[1] * factor, voxel[2] * factor)
-            self.store.save(
-                name, self.fingerprint, arrays, outputs.rows[b], voxel_mm=voxel, source=batch.source[b]
-            )
+            self.store.save(name, self.fingerprint, arrays, outputs.rows[b], voxel_mm=voxel, source=batch.source[b])
 
     def on_test_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Writes and prints the table."""
@@ -169,9 +165,7 @@ class ResultWriter(lightning.Callback):
                     "Reference": image_png(part.arrays["reference"], window),
                     "Reconstruction": image_png(part.arrays["mean"], window),
                 }
-                comparisons.append(
-                    Comparison(images, f"{part.case}, slice {part.index}, {window.name} window")
-                )
+                comparisons.append(Comparison(images, f"{part.case}, slice {part.index}, {window.name} window"))
         facts = {
             "made": time.strftime("%Y-%m-%d %H:%M"),
             "data": sorted({str(row["case"]) for row in rows}),

@@ -1,0 +1,1 @@
+"""The LightningModules: training of priors and reconstruction with them."""

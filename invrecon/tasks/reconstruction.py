@@ -17,6 +17,7 @@ from invrecon.data.cases import CaseBatch
 from invrecon.data.intensity import Intensity
 from invrecon.errors import InputError
 from invrecon.methods.base import Estimate, Method
+from invrecon.methods.sampling import UnconditionalSampler
 from invrecon.metrics.image import body_mask, masked_psnr, psnr, ssim
 from invrecon.operators.base import LinearOperator
 from invrecon.operators.ct import CT, ct_from_geometry
@@ -89,8 +90,8 @@ class Reconstruction(lightning.LightningModule):
         self._fine: dict[int, LinearOperator] = {}
         if method.needs_prior and prior is None:
             raise InputError(
-                f"{type(method).__name__} needs a prior and model.prior is not set: give a prior file, or the name of a "
-                "shipped one such as patch_ct."
+                f"{type(method).__name__} needs a prior and model.prior is not set: give a prior file, or the name of "
+                "a shipped one such as patch_ct."
             )
         if prior is not None:
             path = find_shared(prior, "checkpoints", ".safetensors")
@@ -147,8 +148,8 @@ class Reconstruction(lightning.LightningModule):
     def _finer(self, factor: int) -> LinearOperator:
         if not isinstance(self.operator, CT):
             raise InputError(
-                f"The reference is {factor} times finer than the images of {type(self.operator).__name__}, which cannot "
-                "be put on a finer grid: convert the data, or set data.size and the operator's size to its own."
+                f"The reference is {factor} times finer than the images of {type(self.operator).__name__}, which "
+                "cannot be put on a finer grid: convert the data, or set data.size and the operator's size to its own."
             )
         if factor not in self._fine:
             height, width = self.operator.image_shape[1:]
@@ -167,17 +168,23 @@ class Reconstruction(lightning.LightningModule):
     def reconstruct(self, batch: CaseBatch) -> Result:
         """Measures (if need be), reconstructs and judges a batch."""
         y, operator, reference = self.measure(batch)
+        if y is None and not isinstance(self.method, UnconditionalSampler):
+            raise InputError(
+                f"There is no measurement for {type(self.method).__name__} to reconstruct from: draw samples by "
+                "--model.method=UnconditionalSampler, or give --data=ReconstructionData with --data.paths."
+            )
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         start = time.perf_counter()
-        estimate = self.method(y, operator, self.prior, generators=make_generators(self.seed, batch.id))
+        generators = make_generators(self.seed, batch.id)
+        estimate = self.method(y, operator, self.prior, generators=generators)  # type: ignore[arg-type]
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         seconds = (time.perf_counter() - start) / len(batch)
         if not torch.isfinite(estimate.mean).all():
             raise InputError(
-                f"{type(self.method).__name__} gave NaN or Inf for {', '.join(batch.id)}: it diverged. Lower its step or "
-                "weight, or use model.precision 32."
+                f"{type(self.method).__name__} gave NaN or Inf for {', '.join(batch.id)}: it diverged. Lower its step "
+                "or weight, or use model.precision 32."
             )
         columns: dict[str, list[Any]] = {}
         if reference is not None:
@@ -215,10 +222,11 @@ class Reconstruction(lightning.LightningModule):
         if batch.reference is None:
             return "none"
         finer = batch.reference.shape[-1] // operator.image_shape[-1]
-        return f"{what}, {type(self.noise).__name__}, simulated" + (f" on a {finer} times finer grid" if finer > 1 else "")
+        grid = f" on a {finer} times finer grid" if finer > 1 else ""
+        return f"{what}, {type(self.noise).__name__}, simulated{grid}"
 
     @torch.no_grad()
-    def test_step(self, batch: CaseBatch, batch_index: int) -> Result:
+    def test_step(self, batch: CaseBatch, batch_index: int) -> Result:  # type: ignore[override]
         """Returns the result of a batch; the writer keeps its metrics.
 
         Raises:
@@ -226,8 +234,8 @@ class Reconstruction(lightning.LightningModule):
         """
         if batch.reference is None:
             raise InputError(
-                f"{batch.source[0]} is a measurement without a reference, so there is nothing to test against: use "
-                "`invrecon predict`."
+                f"{batch.source[0]} is a measurement without a reference, so there is nothing to test against: "
+                "use `invrecon predict`."
             )
         return self.reconstruct(batch)
 

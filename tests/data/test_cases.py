@@ -6,9 +6,7 @@ from invrecon.errors import InputError
 
 
 def case(index=0, source="a.h5", **more):
-    return Case(
-        id=f"a/{index:04d}", patient="p", source=source, index=index, voxel_mm=(3.0, 1.0, 1.0), **more
-    )
+    return Case(id=f"a/{index:04d}", patient="p", source=source, index=index, voxel_mm=(3.0, 1.0, 1.0), **more)
 
 
 def test_cases_are_stacked():

@@ -58,9 +58,7 @@ def test_batches_hold_volumes_and_measurements_and_never_mix_files(folder):
 
 def test_the_index_lists_every_case(folder):
     data = ReconstructionData(folder, size=8, slices="0:2")
-    assert [(path.name, indices) for path, indices in data.case_index()] == [
-        (f"{n}.h5", [0, 1]) for n in "abm"
-    ]
+    assert [(path.name, indices) for path, indices in data.case_index()] == [(f"{n}.h5", [0, 1]) for n in "abm"]
     assert data.case_ids() == [f"{n}/{i:04d}" for n in "abm" for i in range(2)] == ids(data.test_dataloader())
 
 
@@ -147,9 +145,7 @@ def test_shipped_files_are_found_by_name_and_existing_ones_win(write_h5, tmp_pat
     assert shipped.parent.name == "data" and shipped.is_file()
     write_h5("lung2_sample.h5")
     assert resolve_paths(["lung2_sample.h5"])[0].resolve() == tmp_path / "lung2_sample.h5"
-    with pytest.raises(
-        InputError, match=r"nothing\.h5 does not exist, and is none of the shipped files \(lung2_mea"
-    ):
+    with pytest.raises(InputError, match=r"nothing\.h5 does not exist, and is none of the shipped files \(lung2_mea"):
         resolve_paths("nothing.h5")
 
 

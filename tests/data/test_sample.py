@@ -52,9 +52,7 @@ def test_the_script_that_made_them_runs(root: Path, write_h5, tmp_path: Path):
         str(source),
         str(tmp_path / "out"),
     ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, check=False, cwd=root, env=ENV
-    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=root, env=ENV)
     assert done.returncode == 0, done.stderr
     assert open_volume(tmp_path / "out" / "lung2_sample.h5").shape == (10, 256, 256)
     assert open_measurement(tmp_path / "out" / "lung2_measurement.h5").shape == (3, 20, 512)

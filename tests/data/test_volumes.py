@@ -36,9 +36,7 @@ def test_hdf5_is_read_without_loss(write_h5):
 @pytest.mark.parametrize("dtype", ["uint8", "int32", "float16", "float32", "float64", ">i2"])
 def test_every_real_type_is_read(write_h5, dtype):
     values = np.arange(2 * 4 * 4).reshape(2, 4, 4).astype(dtype)
-    assert torch.equal(
-        open_volume(write_h5(values=values)).read(1).int(), torch.arange(16, 32).reshape(4, 4).int()
-    )
+    assert torch.equal(open_volume(write_h5(values=values)).read(1).int(), torch.arange(16, 32).reshape(4, 4).int())
 
 
 def test_without_attributes_the_patient_is_the_file(write_h5):

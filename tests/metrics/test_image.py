@@ -21,9 +21,7 @@ def pair() -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("data_range", [1.0, 0.7])
 def test_agrees_with_skimage(pair, data_range):
     x, reference = pair
-    for image, truth, p, s in zip(
-        x, reference, psnr(x, reference, data_range), ssim(x, reference, data_range)
-    ):
+    for image, truth, p, s in zip(x, reference, psnr(x, reference, data_range), ssim(x, reference, data_range)):
         a, b = (t[0].double().clip(0, data_range).numpy() for t in (image, truth))
         assert p.item() == pytest.approx(peak_signal_noise_ratio(b, a, data_range=data_range), abs=1e-6)
         assert s.item() == pytest.approx(structural_similarity(b, a, data_range=data_range), abs=1e-6)
@@ -41,9 +39,7 @@ def test_ssim_of_channels_and_volumes_agrees_with_skimage():
         x.reshape(1, 1, 2, 16, 17).repeat(1, 1, 4, 1, 1),
         reference.reshape(1, 1, 2, 16, 17).repeat(1, 1, 4, 1, 1),
     )
-    expected = structural_similarity(
-        truth[0, 0].double().numpy(), volume[0, 0].double().numpy(), data_range=1
-    )
+    expected = structural_similarity(truth[0, 0].double().numpy(), volume[0, 0].double().numpy(), data_range=1)
     assert ssim(volume, truth).item() == pytest.approx(expected, abs=1e-6)
 
 
@@ -121,6 +117,4 @@ def test_relative_residual_is_per_image():
     x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
     y = x @ matrix.T
     assert relative_residual(lambda z: z @ matrix.T, x, y).tolist() == [0.0, 0.0]
-    assert relative_residual(lambda z: z @ matrix.T, torch.zeros_like(x), y).tolist() == pytest.approx(
-        [1.0, 1.0]
-    )
+    assert relative_residual(lambda z: z @ matrix.T, torch.zeros_like(x), y).tolist() == pytest.approx([1.0, 1.0])

@@ -82,9 +82,7 @@ def ellipse_line_integral(theta: Tensor, s: Tensor) -> Tensor:
 
 def analytic_sinogram(operator: CT) -> Tensor:
     theta = torch.tensor(operator.angles, dtype=torch.float64)[:, None]
-    s = (
-        torch.arange(operator.num_bins, dtype=torch.float64) - (operator.num_bins - 1) / 2
-    ) * operator.bin_width
+    s = (torch.arange(operator.num_bins, dtype=torch.float64) - (operator.num_bins - 1) / 2) * operator.bin_width
     if isinstance(operator, FanBeamCT):  # the parallel ray that coincides with each fan ray
         gamma = torch.atan(s / (operator.source_distance + operator.detector_distance))
         theta, s = theta - gamma, operator.source_distance * torch.sin(gamma)

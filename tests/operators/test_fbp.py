@@ -55,9 +55,7 @@ def test_ellipses_from_their_analytic_sinogram(operator):
 def test_hann_smooths_more_with_a_lower_cut_off():
     operator = ParallelBeamCT(64, 60, 128)
     y = operator(disc(64, 9.0))
-    total_variation = [
-        float(operator.fbp(y, "hann", scaling).diff().abs().sum()) for scaling in (1.0, 0.6, 0.3)
-    ]
+    total_variation = [float(operator.fbp(y, "hann", scaling).diff().abs().sum()) for scaling in (1.0, 0.6, 0.3)]
     assert total_variation == sorted(total_variation, reverse=True)
 
 

@@ -199,8 +199,6 @@ def test_metrics_and_summary(tmp_path):
 
 
 def test_provenance_names_versions_and_command():
-    record = provenance(
-        {"x": 1}, weights_sha256="ab", seed=0, command=["invrecon", "predict", "--output", "a b"]
-    )
+    record = provenance({"x": 1}, weights_sha256="ab", seed=0, command=["invrecon", "predict", "--output", "a b"])
     assert record["command"] == "invrecon predict --output 'a b'"
     assert {"python", "torch", "numpy"} <= set(record["versions"])

@@ -1,0 +1,320 @@
+"""What the benchmarks share: data, settings, the machine's name, interleaved timing, a record that is continued."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from invrecon.data.cases import CaseBatch
+from invrecon.data.reconstruction import ReconstructionData
+from invrecon.errors import InputError
+from invrecon.files import sha256, write_json
+from invrecon.methods import Method
+from invrecon.metrics.summary import format_entry, heading, summarise
+from invrecon.operators import NoiseModel, NoNoise, ParallelBeamCT, RelativeGaussianNoise, TransmissionPoisson
+from invrecon.report.provenance import fingerprint
+from invrecon.shared import find_shared
+from invrecon.tasks.reconstruction import Reconstruction
+
+HELD_OUT = "ct/heldout/4DLung-113_HM10395.h5"
+NATIVE = "ct/heldout/4DLung-113_native512_7slices.h5"
+VALIDATION = "ct/train/Lung_Dx-A0002.h5"  # kept out of training: knobs are tuned on it, never on the held-out patient
+TEST_SLICES, FEW_SLICES = "10:90:5", "10,35,60,85"
+# The native file states no voxel size; the same patient's volume at half the resolution states 1.9532 mm pixels,
+# so a field of 500 mm.
+NATIVE_VOXEL_MM = (3.0, 0.9766, 0.9766)
+METRICS = ("psnr", "ssim", "psnr_body", "relative_residual")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured: views, noise and data (`native`: simulated on the scanner's grid, reconstructed on half)."""
+
+    name: str
+    title: str
+    num_views: int
+    noise: NoiseModel
+    native: bool = False
+
+
+SETTINGS = {
+    setting.name: setting
+    for setting in (
+        Setting("20-clean", "20 views", 20, NoNoise()),
+        Setting("60-clean", "60 views", 60, NoNoise()),
+        Setting("20-noisy", "20 views, 1 % noise", 20, RelativeGaussianNoise(0.01)),
+        Setting("60-noisy", "60 views, 1 % noise", 60, RelativeGaussianNoise(0.01)),
+        Setting("20-native", "20 views, no inverse crime, photon noise", 20, TransmissionPoisson(1e5), True),
+        Setting("60-native", "60 views, no inverse crime, photon noise", 60, TransmissionPoisson(1e5), True),
+    )
+}
+
+
+def data_file(name: str) -> Path:
+    """Returns a file of the benchmark data.
+
+    Raises:
+        InputError: The folder is not there, or lacks the file.
+    """
+    folder = Path(os.environ.get("INVRECON_DATA", "../shared/data"))
+    if not (folder / name).is_file():
+        raise InputError(f"The benchmark data '{name}' is not in '{folder}': name its folder by INVRECON_DATA.")
+    return folder / name
+
+
+@cache
+def load_batches(name: str, slices: str | None, size: int, batch_size: int) -> list[CaseBatch]:
+    """Reads the chosen slices of a file of the benchmark data, in batches."""
+    data = ReconstructionData(str(data_file(name)), slices=slices, size=size, batch_size=batch_size)
+    batches = list(data.test_dataloader())
+    if name == NATIVE:
+        stated = [[voxel or NATIVE_VOXEL_MM for voxel in batch.voxel_mm] for batch in batches]
+        batches = [replace(batch, voxel_mm=voxel) for batch, voxel in zip(batches, stated, strict=True)]
+    return batches
+
+
+def plain(value: Any) -> Any:
+    """Returns the public attributes of an object as nested dictionaries: all that decides what a method does."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if hasattr(value, "__dict__"):
+        return {"class": type(value).__name__, **{k: plain(v) for k, v in vars(value).items() if k[0] != "_"}}
+    return value
+
+
+_hash = cache(sha256)
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """Sets the number of threads; returns what a reader needs to judge the times."""
+    torch.set_num_threads(threads)
+    processor = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
+    return {"processor": processor, "threads": threads, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def describe_machine(facts: Mapping[str, Any]) -> str:
+    """Returns the machine as a line."""
+    threads = f"{facts['threads']} thread{'s' * (facts['threads'] != 1)}"
+    return f"{facts['processor']}, {threads}, torch {facts['torch']}, Python {facts['python']}"
+
+
+class Record:
+    """Results in a JSON file that is written after every part; parts of the same settings are not computed again.
+
+    Args:
+        path: The file, or None to keep nothing.
+        benchmark: Name of the benchmark, which the file must be of.
+        facts: The machine.
+        redo: Whether to compute again what is there.
+
+    Raises:
+        InputError: The file is not a record of this benchmark.
+    """
+
+    def __init__(self, path: Path | None, benchmark: str, facts: Mapping[str, Any], redo: bool = False) -> None:
+        self.path, self.machine = path, dict(facts)
+        self.parts: dict[str, Row] = {}
+        self.kept: set[str] = set()  # parts of an earlier run that count
+        if path is not None and path.is_file():
+            try:
+                content = json.loads(path.read_text())
+                if content["benchmark"] != benchmark:
+                    raise ValueError(content["benchmark"])
+                self.parts = content["parts"]
+            except (ValueError, LookupError, TypeError) as error:
+                raise InputError(f"'{path}' is no record of the benchmark '{benchmark}': name another file.") from error
+            self.kept = set() if redo else set(self.parts)
+        self.content: Row = {"benchmark": benchmark, "machine": self.machine}
+
+    def find(self, key: str, identity: str) -> Row | None:
+        """Returns a part computed with the same settings, or None."""
+        part = self.parts.get(key)
+        return part if key in self.kept and part and part["fingerprint"] == identity else None
+
+    def add(self, parts: Mapping[str, Row], identity: str) -> None:
+        """Keeps parts and writes the file."""
+        self.parts |= {key: {**part, "fingerprint": identity} for key, part in parts.items()}
+        self.kept |= parts.keys()
+        self.save()
+
+    def save(self, **results: Any) -> None:
+        """Writes the file, with what was made of the parts."""
+        self.content |= results
+        if self.path is not None:
+            write_json(self.path, {**self.content, "parts": self.parts})
+
+
+@dataclass
+class Bench:
+    """Runs methods on settings and keeps their rows.
+
+    Attributes:
+        record: Where rows are kept.
+        size: Side of the reconstructed images; the detector has twice as many bins, as PaDIS has it.
+        precision: Of the priors' networks.
+        seed: Of noise and sampling.
+    """
+
+    record: Record
+    size: int = 256
+    precision: str = "bf16"
+    seed: int = 0
+
+    def operator(self, setting: Setting) -> ParallelBeamCT:
+        """Returns the PaDIS parallel geometry."""
+        return ParallelBeamCT(self.size, setting.num_views, num_bins=2 * self.size)
+
+    def task(
+        self, setting: Setting, method: Method, prior: str | None = None, precision: str | None = None
+    ) -> Reconstruction:
+        """Returns the task that measures and reconstructs; matrix and norm are made here, outside of any timing."""
+        prior = prior if method.needs_prior else None
+        operator = self.operator(setting)
+        operator.norm()
+        return Reconstruction(operator, method, setting.noise, prior, precision or self.precision, self.seed)
+
+    def identity(self, setting: Setting, method: Method, prior: str | None, source: str, **more: Any) -> str:
+        """Returns the fingerprint of all that decides a row, its time included."""
+        settings = {
+            "geometry": self.operator(setting).geometry,
+            "size": self.size,
+            "noise": plain(setting.noise),
+            "method": plain(method),
+            "precision": self.precision if method.needs_prior else None,
+            "seed": self.seed,
+            "machine": self.record.machine,
+            **more,
+        }
+        return fingerprint(settings, weights_hash(prior) if method.needs_prior else None, [_hash(source)])
+
+    @torch.no_grad()
+    def rows(self, setting: Setting, label: str, method: Method, prior: str | None, batch: CaseBatch) -> list[Row]:
+        """Returns a row a slice, from the record or by reconstructing the batch."""
+        identity = self.identity(setting, method, prior, batch.source[0], batch_size=len(batch))
+        keys = [f"{setting.name}/{label}/{case}" for case in batch.id]
+        found = [row for key in keys if (row := self.record.find(key, identity)) is not None]
+        if len(found) == len(keys):
+            return found
+        result = self.task(setting, method, prior).reconstruct(batch)
+        stats = result.estimate.stats
+        solver = {k: v for k in ("num_iterations", "relative_gap") if isinstance(v := stats.get(k), list)}
+        rows = [
+            {**row, "setting": setting.name, "method": label, **{name: values[b] for name, values in solver.items()}}
+            for b, row in enumerate(result.rows)
+        ]
+        self.record.add(dict(zip(keys, rows, strict=True)), identity)
+        psnr, seconds = statistics.fmean(row["psnr"] for row in rows), rows[0]["seconds"]
+        indices = ", ".join(map(str, batch.index))
+        progress(f"{setting.title}, {label}, slices {indices}: {psnr:.2f} dB, {seconds:.2f} s a slice")
+        return rows
+
+
+@cache
+def weights_hash(prior: str | None) -> str:
+    """Returns the hash of a prior file, found as the command line finds it.
+
+    Raises:
+        InputError: There is none.
+    """
+    path = find_shared(prior or "", "checkpoints", ".safetensors")
+    if prior is None or not path.is_file():
+        raise InputError(f"There is no prior '{prior}': train it, or name a prior file by --prior or --whole.")
+    return _hash(path)
+
+
+def interleave(runs: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Times contestants in turn, so that a busy machine slows all of them alike; returns seconds, one a repeat."""
+    for run in runs.values():
+        for _ in range(warmup):
+            run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def median_seconds(rows: Iterable[Row]) -> float:
+    """Returns the median time a slice."""
+    return statistics.median(row["seconds"] for row in rows)
+
+
+def markdown(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+    """Returns a Markdown table, numbers to the right of its first column."""
+    table = [list(header), ["---", *["---:"] * (len(header) - 1)], *([str(cell) for cell in line] for line in lines)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in table)
+
+
+def metric_cells(rows: Sequence[Row]) -> list[str]:
+    """Returns the cells of `METRICS` (mean and interval) and the median time a slice."""
+    summary = summarise(rows, METRICS)
+    return [*(format_entry(name, summary[name]) for name in METRICS), f"{median_seconds(rows):.2f}"]
+
+
+METRIC_HEADINGS = [*(heading(name) for name in METRICS), "s a slice, median"]
+
+
+def difference_cell(entry: Mapping[str, Any], unit: str = "dB") -> str:
+    """Returns a paired difference with its interval."""
+    interval = "" if entry["low"] is None else f" [{entry['low']:+.2f}, {entry['high']:+.2f}]"
+    return f"{entry['mean']:+.2f}{interval} {unit}"
+
+
+def progress(text: str) -> None:
+    """Prints a line at once."""
+    print(f"  {text}", flush=True)
+
+
+def make_parser(doc: str | None) -> argparse.ArgumentParser:
+    """Returns a parser with the options that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="file to write; a file of an earlier run is continued")
+    parser.add_argument("--threads", type=int, default=2)
+    return parser
+
+
+def make_quality_parser(doc: str | None, slices: str) -> argparse.ArgumentParser:
+    """Returns a parser with the options of benchmarks that reconstruct."""
+    parser = make_parser(doc)
+    parser.add_argument("--prior", default="patch_ct", help="patch prior: a file, or the name of a shipped one")
+    parser.add_argument("--slices", default=slices, help=f"slices, as of `invrecon test` (default {slices})")
+    parser.add_argument("--size", type=int, default=256, help="side of the reconstructed images")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--redo", action="store_true", help="compute again what the JSON holds already")
+    return parser
+
+
+def start(arguments: argparse.Namespace, benchmark: str) -> Record:
+    """Sets the threads, prints the machine and opens the record."""
+    facts = machine(arguments.threads)
+    print(describe_machine(facts), flush=True)
+    return Record(arguments.json, benchmark, facts, getattr(arguments, "redo", False))
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a benchmark; what the user can mend is one sentence and status 1."""
+    try:
+        main()
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,151 @@
+"""A rerun of `predict` continues where the last one stopped, and never mixes two runs."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from invrecon.errors import InputError
+from tests.cli.tiny import Witness, files_in, read, reconstruct, witness
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    """Where `Witness` notes what it reconstructs."""
+    return tmp_path / "log.txt"
+
+
+@pytest.fixture
+def command(library: Path, tmp_path: Path, log: Path) -> list[str]:
+    """A `predict` of two files of four and three slices, two slices at once."""
+    data = f"[{library}/scans/a.h5,{library}/scans/b.h5]"
+    more = (*witness(log), f"--model.prior={library}/patch.safetensors", "--data.batch_size=2")
+    return reconstruct("predict", "recon_ct.yaml", data, tmp_path / "out", *more, "--model.num_figures=0")
+
+
+def seen(log: Path) -> list[str]:
+    return log.read_text().split("\n")[:-1] if log.exists() else []
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, num_batches: int) -> None:
+    """Lets the method fail after a number of batches."""
+    calls, reconstruct_batch = [], Witness.__call__
+
+    def fails(self: Witness, *args: Any, **kwargs: Any) -> Any:
+        if len(calls) == num_batches:
+            raise RuntimeError("the power is gone")
+        calls.append(None)
+        return reconstruct_batch(self, *args, **kwargs)
+
+    monkeypatch.setattr(Witness, "__call__", fails)
+
+
+def test_nothing_is_computed_twice(
+    invrecon: Callable[..., Any], command: list[str], log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command.append("--model.num_figures=1")
+    invrecon(command)
+    assert len(seen(log)) == 7
+    before = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in files_in(tmp_path / "out")}
+    first = read(tmp_path / "out" / "a.h5")
+    capsys.readouterr()
+    invrecon(command)
+    assert len(seen(log)) == 7
+    assert "7 of 7 slices are complete" in capsys.readouterr().out
+    after = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in files_in(tmp_path / "out")}
+    assert before.keys() == after.keys()
+    assert all(before[name] == after[name] for name in ("a.h5", "b.h5", "figures/a_0002.png"))
+    assert (read(tmp_path / "out" / "a.h5") == first).all()
+
+
+def test_an_interrupted_run_goes_on(
+    invrecon: Callable[..., Any],
+    command: list[str],
+    log: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(RuntimeError, match="power"):
+            invrecon(command)
+    assert len(seen(log)) == 6
+    assert not list(out.glob("*.h5")) and len(list(out.glob(".parts/*/*.h5"))) == 6
+    (out / ".parts" / "a" / ".0009.h5.0badcafe.partial").write_bytes(b"a killed write")
+    (out / ".parts" / "a" / "0001.h5").write_bytes(b"a part that a failing disk has damaged")
+
+    invrecon(command)
+    assert len(seen(log)) == 8  # the one that was missing, and the damaged one
+    invrecon([str(undisturbed) if arg == str(out) else arg for arg in command])
+    assert files_in(out) == files_in(undisturbed)
+    for name in ("a.h5", "b.h5"):
+        assert (read(out / name) == read(undisturbed / name)).all()
+    rows, expected = ((folder / "metrics.csv").read_text().splitlines() for folder in (out, undisturbed))
+    assert [row.split(",")[:7] for row in rows] == [row.split(",")[:7] for row in expected]
+
+
+def test_more_slices_are_added(invrecon: Callable[..., Any], command: list[str], log: Path, tmp_path: Path) -> None:
+    invrecon([*command, "--data.slices", "2"])
+    invrecon([*command, "--data.slices", "0:3"])
+    assert len(seen(log)) == 6  # slices 0, 1 and 2 of two files, each once
+    assert read(tmp_path / "out" / "a.h5", "slices").tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "change", ["--model.operator.num_views=13", "--model.seed=1", "--model.method.num_levels=3", "--model.prior={}"]
+)
+def test_another_run_keeps_off(
+    invrecon: Callable[..., Any], command: list[str], library: Path, tmp_path: Path, change: str, log: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    invrecon([*command, "--data.slices=0"])
+    before = {name: (tmp_path / "out" / name).read_bytes() for name in files_in(tmp_path / "out")}
+    with pytest.raises(InputError, match=r"holds results of another run.*Choose another --output"):
+        invrecon([*command, "--data.slices=0", change.format(library / "whole.safetensors")])
+    assert before == {name: (tmp_path / "out" / name).read_bytes() for name in files_in(tmp_path / "out")}
+    assert len(seen(log)) == 2
+
+
+def test_what_is_no_result_of_ours_is_left_alone(
+    invrecon: Callable[..., Any], command: list[str], library: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    scan = (library / "scans" / "a.h5").read_bytes()
+    (tmp_path / "out" / "a.h5").write_bytes(scan)
+    with pytest.raises(InputError, match="no result of invrecon"):
+        invrecon(command)
+    assert (tmp_path / "out" / "a.h5").read_bytes() == scan
+
+
+@pytest.mark.parametrize("num_writes", [1, 5, 11])
+def test_a_full_disk(
+    invrecon: Callable[..., Any],
+    command: list[str],
+    log: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    num_writes: int,
+) -> None:
+    """It may fill up while the config, a slice or a volume is written: finished files stay whole."""
+    left, sync = [2 * num_writes], os.fsync  # a file and its folder are synced for each write
+
+    def full(descriptor: int) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(InputError, match=r"Cannot write .*: the disk is full.*Finished files are intact"):
+            invrecon(command)
+    assert not [name for name in files_in(tmp_path / "out") if name.endswith(".partial")]
+    invrecon(command)
+    assert len(seen(log)) <= 9  # at most the batch that could not be written is computed again
+    assert read(tmp_path / "out" / "a.h5").shape[0] == 4 and read(tmp_path / "out" / "b.h5").shape[0] == 3

@@ -1,0 +1,122 @@
+"""One argument swaps a prior, an operator, a method, the noise, the data or the place of the results."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.tiny import files_in, reconstruct
+
+
+@pytest.fixture
+def run(invrecon: Callable[..., Any], library: Path, tmp_path: Path) -> Callable[..., Any]:
+    """Runs `test` by the fast sampler (or another config) on one slice, with the given options."""
+
+    def call(*options: str, config: str = "recon_ct.yaml", data: object = library / "scans" / "a.h5") -> Any:
+        more = [option.replace("LIBRARY", str(library)) for option in options]
+        if config == "recon_ct.yaml":
+            more = [f"--model.prior={library}/patch.safetensors", "--model.method.num_levels=2", *more]
+        if not any(option.startswith("--data.slices") for option in options):
+            more = ["--data.slices=0", *more]
+        return invrecon(reconstruct("test", config, data, tmp_path / "out", *more))
+
+    return call
+
+
+def test_views(run: Callable[..., Any]) -> None:
+    assert run("--model.operator.num_views", "60").model.operator.measurement_shape == (1, 60, 48)
+
+
+@pytest.mark.parametrize("name", ["FanBeamCT", "LimitedAngleCT"])
+def test_operator(run: Callable[..., Any], name: str) -> None:
+    operator = run(f"--model.operator={name}").model.operator
+    assert type(operator).__name__ == name
+    assert operator.num_views == 12  # arguments that both have are kept
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--model.method=FBP",),
+        ("--model.method", "TotalVariation", "--model.method.num_iterations=25"),
+        ("--model.method=PaDISRepo", "--model.method.num_levels=2", "--model.method.num_inner=1"),
+    ],
+    ids=lambda options: options[-1] if len(options) == 1 else options[1],
+)
+def test_method(run: Callable[..., Any], options: tuple[str, ...], tmp_path: Path) -> None:
+    method = type(run(*options).model.method).__name__
+    assert method in " ".join(options)
+    with open(tmp_path / "out" / "metrics.csv") as file:
+        assert {row["method"] for row in csv.DictReader(file)} == {method}
+
+
+def test_prior(run: Callable[..., Any]) -> None:
+    assert run("--model.prior", "LIBRARY/whole.safetensors").model.card.kind == "whole"
+
+
+def test_noise(run: Callable[..., Any], tmp_path: Path) -> None:
+    psnr = []
+    for level in ("0.01", "0.1"):
+        run("--model.noise=RelativeGaussianNoise", "--model.noise.level", level, config="fbp_ct.yaml")
+        psnr.append(json.loads((tmp_path / "out" / "summary.json").read_text())["psnr"]["mean"])
+    assert psnr[0] > psnr[1] + 0.3
+    assert type(run("--model.noise=TransmissionPoisson").model.noise).__name__ == "TransmissionPoisson"
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        ("LIBRARY/scans/a.h5", ["a"]),
+        ("[LIBRARY/scans/a.h5,LIBRARY/scans/b.h5]", ["a", "b"]),
+        ('["LIBRARY/scans/b.h5", "LIBRARY/scans/a.h5"]', ["b", "a"]),
+        ("LIBRARY/scans", ["a", "b", "c"]),
+    ],
+)
+def test_paths(run: Callable[..., Any], library: Path, paths: str, expected: list[str]) -> None:
+    cli = run("--data.slices=1", config="fbp_ct.yaml", data=paths.replace("LIBRARY", str(library)))
+    assert cli.datamodule.case_ids() == [f"{name}/0001" for name in expected]
+
+
+@pytest.mark.parametrize("one_word", [False, True])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("1:10:5", [1, 6]),  # a number of base 60 in YAML 1.1
+        ("1:3", [1, 2]),  # another
+        ("3", [3]),  # an integer
+        ("1,4,9", [1, 4, 9]),
+        ("8:", [8, 9]),  # a mapping
+        (":2", [0, 1]),
+        ("07", [7]),  # an octal
+    ],
+)
+def test_slices(
+    run: Callable[..., Any], library: Path, text: str, expected: list[int], one_word: bool, tmp_path: Path
+) -> None:
+    """As on a real command line, where nothing quotes what YAML would take for a number."""
+    options = (f"--data.slices={text}",) if one_word else ("--data.slices", text)
+    run(*options, config="fbp_ct.yaml", data=library / "ten.h5")
+    with open(tmp_path / "out" / "metrics.csv") as file:
+        assert [int(row["slice"]) for row in csv.DictReader(file)] == expected
+
+
+def test_a_shipped_file_is_found_by_its_name(run: Callable[..., Any], here: Path) -> None:
+    cli = run("--data.size=256", "--model.operator.size=256", config="fbp_ct.yaml", data="lung2_sample.h5")
+    assert cli.datamodule.case_ids() == ["lung2_sample/0000"]
+
+
+def test_the_default_output_is_a_folder_of_the_command_and_time(
+    invrecon: Callable[..., Any], library: Path, here: Path
+) -> None:
+    args = reconstruct("test", "fbp_ct.yaml", library / "scans" / "a.h5", "")
+    at = args.index("--output")
+    del args[at : at + 2]
+    invrecon(args)
+    (out,) = (here / "outputs" / "test").iterdir()
+    assert len(out.name) == len("2000-01-01_00-00-00")
+    assert files_in(here) == {f"outputs/test/{out.name}/{name}" for name in files_in(out)}
