@@ -21,6 +21,7 @@ from benchmarks._common import SETTINGS, VALIDATION, Bench
 from invrecon.errors import InputError
 from invrecon.methods import (
     DDIM,
+    AcceleratedRenoise,
     DDSTransition,
     Method,
     ProximalConditioning,
@@ -35,8 +36,10 @@ CLEAN, NOISY = ("20-clean", "60-clean"), ("20-noisy", "60-noisy")
 WEIGHTS = (3e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4)
 NOISE_WEIGHTS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)
 TRANSITIONS: dict[str, Transition] = {
+    "accelerated": AcceleratedRenoise(),
+    "accelerated, noise 0.5": AcceleratedRenoise(0.5, 0.5),
+    "accelerated, momentum 0": AcceleratedRenoise(0.2, 0.0),
     "Renoise": Renoise(),
-    "DDS-0.95": DDSTransition(0.95),
     "DDS-0.85": DDSTransition(0.85),
     "DDIM-1": DDIM(1.0),
     "DDIM-0.85": DDIM(0.85),

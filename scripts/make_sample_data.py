@@ -18,7 +18,8 @@ import torch
 from invrecon.data.convert import HIGH, LOW, resample_slice
 from invrecon.data.intensity import Intensity
 from invrecon.data.measurement import write_measurement
-from invrecon.data.volumes import Volume, open_volume
+from invrecon.data.volume import Volume
+from invrecon.data.volumes import open_volume
 from invrecon.files import atomic_h5
 from invrecon.operators import ParallelBeamCT
 from invrecon.rng import make_generators

@@ -18,7 +18,9 @@ import numpy as np
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
-from invrecon.data.volumes import HDF5_SUFFIXES, Volume, find_volumes, open_volume, suffix_of
+from invrecon.data.hdf5 import HDF5_SUFFIXES
+from invrecon.data.volume import Volume, suffix_of
+from invrecon.data.volumes import find_volumes, open_volume
 from invrecon.errors import InputError
 
 LOW, HIGH = -1024.0, 3071.0  # what 12 bits hold [HU]

@@ -23,7 +23,7 @@ from invrecon.data.hdf5 import (
     text_of,
 )
 from invrecon.data.intensity import Intensity
-from invrecon.data.volumes import file_stem, suffix_of
+from invrecon.data.volume import file_stem, suffix_of
 from invrecon.errors import InputError
 
 FORMAT = "invrecon-measurement"

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from invrecon.data.cases import Case, CaseBatch, collate_cases
 from invrecon.data.intensity import Intensity
 from invrecon.data.measurement import Measurement, is_measurement, open_measurement
-from invrecon.data.volumes import Volume, check_pixels, file_stem, find_volumes, open_volume, parse_slices
+from invrecon.data.volume import Volume, file_stem
+from invrecon.data.volumes import check_pixels, find_volumes, open_volume, parse_slices
 from invrecon.errors import InputError
 
 PACKAGE = Path(__file__).resolve().parents[1]

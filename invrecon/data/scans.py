@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from invrecon.data.hdf5 import brief
-from invrecon.data.volumes import Volume
+from invrecon.data.volume import Volume
 from invrecon.errors import InputError
 
 _NRRD_SPACES = {  # signs that turn a space's coordinates into left, posterior, superior

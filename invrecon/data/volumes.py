@@ -7,8 +7,6 @@ head. HDF5 carries no orientation and is taken as stored.
 
 from __future__ import annotations
 
-import json
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,90 +16,17 @@ from torch import Tensor
 
 from invrecon.data.hdf5 import (
     HDF5_SUFFIXES,
-    VoxelSize,
-    brief,
-    check_real,
     list_datasets,
     open_hdf5,
     read_voxel_mm,
     text_of,
 )
 from invrecon.data.intensity import Intensity
+from invrecon.data.scans import DicomVolume, NiftiVolume, NRRDVolume, is_dicom
+from invrecon.data.volume import Volume, suffix_of
 from invrecon.errors import InputError
 
 SUFFIXES = (*HDF5_SUFFIXES, ".nii", ".nii.gz", ".nrrd")
-
-
-class Volume(ABC):
-    """A stack of slices whose headers are known and whose pixels are read on demand.
-
-    Attributes:
-        path: The file, or the folder of a DICOM series.
-        shape: `(N, H, W)`: slices, rows, columns.
-        voxel_mm: Voxel size `(z, y, x)` [mm], or None where the file does not say.
-        units: Physical unit of what `read` returns, "HU" for CT.
-        patients: One identity per slice, length `N`.
-        source: Where the data came from, in the file's own words; may be empty.
-    """
-
-    path: Path
-    shape: tuple[int, int, int]
-    voxel_mm: VoxelSize | None = None
-    units: str = "HU"
-    source: str = ""
-    patients: tuple[str, ...]
-
-    @property
-    def patient(self) -> str:
-        """The volume's patient; where its slices belong to several, that of the first."""
-        return self.patients[0]
-
-    @property
-    def stem(self) -> str:
-        """The file's name without its suffixes."""
-        return file_stem(self.path)
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def read(self, index: int) -> Tensor:
-        """Returns slice `index` as `(H, W)` float32 in `units`.
-
-        Raises:
-            InputError: If the slice cannot be decoded, or has NaN or Inf voxels.
-        """
-        if not 0 <= index < len(self):
-            raise InputError(f"{self.path} has no slice {index}: it has {len(self)}, numbered from 0.")
-        try:
-            pixels = torch.from_numpy(np.ascontiguousarray(self._read(index), dtype=np.float32))
-        except InputError:
-            raise
-        except Exception as error:  # every decoder has exceptions of its own
-            raise InputError(
-                f"Slice {index} of {self.path} cannot be read ({brief(error)}): the file is damaged, "
-                "truncated or packed in a way that is not understood; copy it again from its source."
-            ) from error
-        bad = int((~torch.isfinite(pixels)).sum())
-        if bad:
-            raise InputError(
-                f"Slice {index} of {self.path} has {bad} NaN or Inf voxels of {pixels.numel()}, expected "
-                f"finite {self.units} everywhere; replace them (air is -1024 HU) or leave the slice out."
-            )
-        return pixels
-
-    @abstractmethod
-    def _read(self, index: int) -> np.ndarray:
-        """Returns slice `index`, `(H, W)`, in physical values."""
-
-    def _finish(self, dtype: np.dtype, patient: str = "") -> None:
-        """Checks the header and settles whose slices these are; every reader's constructor ends here."""
-        check_real(self.path, dtype)
-        if min(self.shape) < 1 or min(self.shape[1:]) < 2:
-            raise InputError(
-                f"{self.path} holds an array of shape {self.shape}, expected (slices, rows, columns) with "
-                "at least one slice of 2 x 2 pixels."
-            )
-        self.patients = _sidecar_patients(self.path, len(self)) or (patient or self.stem,) * len(self)
 
 
 class HDF5Volume(Volume):
@@ -150,7 +75,6 @@ def open_volume(path: str | Path, *, dataset: str = "data", units: str = "HU") -
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path} does not exist; check the path.")
-    from invrecon.data.scans import DicomVolume, NiftiVolume, NRRDVolume
 
     volume: Volume
     if path.is_dir():
@@ -281,19 +205,7 @@ def _parse_part(part: str, num: int, text: str) -> range:
         ) from error
 
 
-def file_stem(path: Path) -> str:
-    """Returns a file's name without suffix ('.nii.gz' counts as one), or a folder's name."""
-    return path.resolve().name if path.is_dir() else path.name[: len(path.name) - len(suffix_of(path))]
-
-
-def suffix_of(path: Path) -> str:
-    """Returns the suffix in lower case; '.nii.gz' is one."""
-    name = path.name.lower()
-    return ".nii.gz" if name.endswith(".nii.gz") else path.suffix.lower()
-
-
 def _search(folder: Path) -> list[Path]:
-    from invrecon.data.scans import is_dicom
 
     here = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     files = [entry for entry in here if entry.is_file()]
@@ -304,23 +216,6 @@ def _search(folder: Path) -> list[Path]:
         if entry.is_dir():
             found += _search(entry)
     return found
-
-
-def _sidecar_patients(path: Path, num: int) -> tuple[str, ...] | None:
-    """Reads `<stem>.patients.json`: a list with one entry per slice, `[where it came from, patient, ...]`."""
-    sidecar = path.parent / f"{file_stem(path)}.patients.json"
-    if not sidecar.is_file():
-        return None
-    try:
-        entries = json.loads(sidecar.read_text())
-        patients = tuple(str(entry[1]) for entry in entries)
-    except (ValueError, TypeError, LookupError) as error:
-        raise InputError(
-            f"{sidecar} is not understood ({brief(error)}); expected a list of [source, patient] pairs, one per slice."
-        ) from error
-    if len(patients) != num:
-        raise InputError(f"{sidecar} names {len(patients)} slices, but {path} has {num}; list one entry per slice.")
-    return patients
 
 
 def _constant_error(volume: Volume, indices: Sequence[int]) -> InputError:

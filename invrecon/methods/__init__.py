@@ -15,11 +15,12 @@ from invrecon.methods.padis import PaDIS, PaDISNormalised, PaDISPaper, PaDISRepo
 from invrecon.methods.sampling import ProximalDiffusion, Sampler, UnconditionalSampler, diffuse, sample_prior
 from invrecon.methods.schedule import GeometricSchedule, KarrasSchedule, Schedule
 from invrecon.methods.start import EstimateStart, NoiseStart, NoisyEstimateStart, Start
-from invrecon.methods.transitions import DDIM, DDSTransition, Langevin, Renoise, Transition
+from invrecon.methods.transitions import DDIM, AcceleratedRenoise, DDSTransition, Langevin, Renoise, Transition
 
 __all__ = [
     "DDIM",
     "FBP",
+    "AcceleratedRenoise",
     "Conditioning",
     "DDSTransition",
     "DPSConditioning",

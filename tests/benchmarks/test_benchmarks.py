@@ -115,9 +115,9 @@ def test_evaluations(folder: Path, tmp_path: Path) -> None:
     evaluations.main(quality(folder, out, *args))
     results = read(out)["results"]
     assert [name.split(", ")[1] for name in results] == [
-        "2 evaluations", "4 evaluations", "50 evaluations", "mean of 2 samples of 50",
+        "2 evaluations", "4 evaluations", "32 evaluations", "mean of 2 samples of 32",
     ]  # fmt: skip
-    assert results["60-clean, 50 evaluations"]["gain"]["mean"] == 0
+    assert results["60-clean, 32 evaluations"]["gain"]["mean"] == 0
 
 
 def test_denoiser(folder: Path, tmp_path: Path) -> None:

@@ -69,9 +69,8 @@ def test_attention_reaches_across_the_image() -> None:
         torch.manual_seed(0)
         network = awake(UNet(base_channels=8, multipliers=(1, 1), attention=attention)).eval()
         for module in network.modules():  # group statistics would carry information everywhere
-            for name, child in module.named_children():
-                if isinstance(child, nn.GroupNorm):
-                    setattr(module, name, nn.Identity())
+            if isinstance(module, nn.GroupNorm):
+                module.forward = lambda x, *modulation: x
         difference = network(moved, torch.zeros(1)) - network(x, torch.zeros(1))
         return float(difference[..., 56:, 56:].abs().max().detach())
 
