@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import lightning
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -24,6 +25,8 @@ from invrecon.data.volumes import find_volumes, read_volume
 from invrecon.errors import InputError
 from invrecon.priors.patch import coordinates, position_map
 from invrecon.rng import make_generator
+
+AIR = -1000  # [HU]
 
 
 class PatchBatch(NamedTuple):
@@ -260,6 +263,8 @@ class CTTraining(PriorTraining):
         seed: Seed of order, places and noise.
         num_workers: Worker processes that draw patches.
         licence: Licence of the data, for the prior's card.
+        zooms: Every training slice is seen at each of these scales, shrunk towards the centre of a frame of air:
+            scanners' fields of view differ, and a prior that has seen one pixel size only reconstructs another worse.
     """
 
     def __init__(
@@ -277,12 +282,16 @@ class CTTraining(PriorTraining):
         seed: int = 0,
         num_workers: int = 0,
         licence: str = "not stated",
+        zooms: list[float] = [1.0],  # noqa: B006
     ) -> None:
         super().__init__(
             size, patch_sizes, probabilities, pad, pixels_per_batch, batches_per_epoch, validation_batches, seed,
             num_workers,
         )  # fmt: skip
+        if not zooms or not all(0 < zoom <= 1 for zoom in zooms):
+            raise InputError(f"data.zooms is {zooms}, expected a list of scales in (0, 1], such as [1.0, 0.7].")
         self.paths, self.validation, self.dataset, self.licence = paths, validation, dataset, licence
+        self.zooms = zooms
 
     def load(self) -> tuple[Tensor, Tensor, Any]:
         """Reads every volume and splits off the validation images."""
@@ -304,7 +313,8 @@ class CTTraining(PriorTraining):
             raise InputError(
                 f"Nothing is left to train on: data.paths {self.paths} hold {names} and validation takes all of it."
             )
-        return torch.cat(train)[:, None], torch.cat(validation)[:, None], self._encode
+        slices = torch.cat(train)[:, None]
+        return torch.cat([zoom_out(slices, zoom) for zoom in self.zooms]), torch.cat(validation)[:, None], self._encode
 
     def _held_out(self, names: list[str], patients: Sequence[Sequence[str]]) -> list[Tensor]:
         """Returns for each file which of its slices validate: no patient both trains and validates."""
@@ -342,6 +352,20 @@ class CTTraining(PriorTraining):
 
     def _encode(self, values: Tensor) -> Tensor:
         return self.intensity.encode(values.float())
+
+
+def zoom_out(images: Tensor, zoom: float) -> Tensor:
+    """Returns images `(N, 1, H, W)` in HU, int16, shrunk by `zoom` (antialiased) in the middle of a frame of air."""
+    H, W = images.shape[-2:]
+    inner = (max(1, round(zoom * H)), max(1, round(zoom * W)))
+    if inner == (H, W):
+        return images
+    top, left = (H - inner[0]) // 2, (W - inner[1]) // 2
+    frame = torch.full_like(images, AIR)
+    for i, image in enumerate(images):  # one at a time: a float copy of all of them would be large
+        small = nnf.interpolate(image[None].float(), inner, mode="bilinear", antialias=True)[0]
+        frame[i, :, top : top + inner[0], left : left + inner[1]] = small.round().short()
+    return frame
 
 
 class EllipseTraining(PriorTraining):

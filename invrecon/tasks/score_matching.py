@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -20,8 +21,9 @@ from invrecon.priors.base import Prior, broadcast
 from invrecon.priors.edm import EDMDenoiser, NoiseProposal
 from invrecon.priors.patch import PatchPrior, WholePrior
 from invrecon.priors.unet import UNet
-from invrecon.priors.weights import PriorCard
+from invrecon.priors.weights import PriorCard, load_prior
 from invrecon.rng import derive_seed, make_generator
+from invrecon.shared import find_shared
 
 BANDS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, math.inf)
 
@@ -48,6 +50,7 @@ class ScoreMatching(lightning.LightningModule):
         betas: Adam's.
         ema_decay: Decay of the moving average; it starts lower, `min(decay, (1 + t) / (10 + t))`.
         sigma_data: Standard deviation of the data, intensity units; measured on the training data by default.
+        initial: A prior file, or the bare name of a shipped one, whose weights (and sigma_data) training starts from.
     """
 
     num_patches: Tensor
@@ -62,6 +65,7 @@ class ScoreMatching(lightning.LightningModule):
         betas: tuple[float, float] = (0.9, 0.99),
         ema_decay: float = 0.999,
         sigma_data: float | None = None,
+        initial: str | None = None,
     ) -> None:
         super().__init__()
         if sigma_data is not None and not sigma_data > 0:
@@ -75,6 +79,22 @@ class ScoreMatching(lightning.LightningModule):
         self.register_buffer("num_patches", torch.zeros((), dtype=torch.int64))
         self.register_buffer("num_pixels", torch.zeros((), dtype=torch.int64))
         self.seed = 0
+        if initial is not None:
+            self._start_from(find_shared(initial, "checkpoints", ".safetensors"), network)
+
+    def _start_from(self, path: Path, network: UNet) -> None:
+        """Takes weights, sigma_data and counts of a prior file."""
+        prior, card = load_prior(path)
+        if card.network != network.config:
+            raise InputError(
+                f"model.initial, '{path}', is a network of {card.network}, the configuration asks for "
+                f"{network.config}: set model.network like the prior's."
+            )
+        for denoiser in (self.denoiser, self.ema):
+            denoiser.load_state_dict(prior.denoiser.state_dict())  # type: ignore[union-attr, operator]
+        self.sigma_data = card.sigma_data
+        self.num_patches.fill_(int(card.training.get("patches", 0)))
+        self.num_pixels.fill_(int(card.training.get("pixels", 0)))
 
     @property
     def data(self) -> PriorTraining:

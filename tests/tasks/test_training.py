@@ -178,6 +178,20 @@ def test_a_sigma_data_that_cannot_be_is_refused(value: float) -> None:
         make_model(sigma_data=value)
 
 
+def test_training_starts_from_a_prior(trained: tuple[Path, ScoreMatching, lightning.Trainer], tmp_path: Path) -> None:
+    folder, before, _ = trained
+    file = str(folder / "prior.safetensors")
+    model = make_model(initial=file)
+    assert same(dict(model.ema.state_dict()), dict(before.ema.state_dict()))
+    assert same(dict(model.denoiser.state_dict()), dict(before.ema.state_dict()))
+    fit(tmp_path, model, make_data(), max_steps=5)
+    _, card = load_prior(tmp_path / "prior.safetensors")
+    assert card.sigma_data == float(before.ema.sigma_data)
+    assert card.training["steps"] == 5 and card.training["pixels"] == int(before.num_pixels) + 5 * 512
+    with pytest.raises(InputError, match=r"initial.*asks for"):
+        make_model(dropout=0.5, initial=file)
+
+
 # two processes
 
 TWO_RANKS = """

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from invrecon.data.training import CTTraining, PatchBatch, PatchStream
+from invrecon.data.training import CTTraining, PatchBatch, PatchStream, zoom_out
 from invrecon.errors import InputError
 from invrecon.rng import make_generator
 from tests.tasks.tiny import make_data
@@ -144,3 +144,27 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], word: str
 def test_slices_of_another_size_are_refused(scans: Callable[..., Path]) -> None:
     with pytest.raises(InputError, match=r"\(8, 8\) pixels, expected \(16, 16\)"):
         CTTraining(str(scans(a=[1, 2])), size=16, patch_sizes=[4], probabilities=[1.0], pad=0).load()
+
+
+def test_zooming_out_shrinks_the_patient_in_a_frame_of_air() -> None:
+    grid = torch.linspace(-1, 1, 33)
+    disk = (grid[:, None] ** 2 + grid**2 < 0.8**2)[None, None]
+    images = torch.where(disk, 500, -1000).short()
+    assert zoom_out(images, 1.0) is images
+    small = zoom_out(images, 0.5)
+    assert small.shape == images.shape and small.dtype == torch.int16
+    area = (small.float() + 1000).sum() / (images.float() + 1000).sum()
+    assert abs(float(area) / (16 / 33) ** 2 - 1) < 0.02  # mass goes with the square of the scale
+    assert (small[..., :7, :] == -1000).all() and int(small[0, 0, 16, 16]) == 500
+
+
+def test_every_zoom_of_every_slice_is_trained_on(scans: Callable[..., Path]) -> None:
+    folder = scans(a=[1, 2], b=[3, 4], c=[5])
+    frame = {"size": 8, "patch_sizes": [4], "probabilities": [1.0], "pad": 0}
+    one = CTTraining(str(folder), ["c.h5"], **frame).load()
+    two = CTTraining(str(folder), ["c.h5"], zooms=[1.0, 0.6], **frame).load()
+    assert len(two[0]) == 2 * len(one[0]) == 8
+    assert torch.equal(two[0][:4], one[0]) and torch.equal(two[1], one[1])
+    for zooms in ([], [0.0], [1.2]):
+        with pytest.raises(InputError, match="zooms"):
+            CTTraining(str(folder), zooms=zooms)
