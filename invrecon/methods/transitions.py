@@ -116,9 +116,8 @@ class AcceleratedRenoise(Transition):
 
     With all the noise of the next level (`Renoise`) the state is `x0 + sigma' n`, and `x0` has an error of its own: the
     denoiser is told `sigma'` and sees more. Putting in less leaves room for that error, which towards the end is the
-    larger part. What remains is a fixed-point iteration of denoiser and data step at a falling level, and heavy-ball
-    momentum makes it converge in a third of the evaluations. The samples hardly spread: for posterior samples take
-    `DDIM(1.0)`.
+    larger part. What remains is a fixed-point iteration of denoiser and data step at a falling level, which heavy-ball
+    momentum speeds up. The samples hardly spread: for posterior samples take `DDIM(1.0)`.
 
     Source: momentum from Polyak, "Some methods of speeding up the convergence of iteration methods", USSR Comput.
     Math. Math. Phys. 4 (1964), Eq. 9; the share of noise generalises the zeta of Zhu et al., DiffPIR, CVPR Workshops
