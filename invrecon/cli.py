@@ -22,14 +22,19 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 # Short class names resolve among imported classes: these imports are the vocabulary of the configs.
+import invrecon.adapt
 import invrecon.data.generation
 import invrecon.data.reconstruction
 import invrecon.data.training
 import invrecon.methods
 import invrecon.operators
 import invrecon.priors.unet
+import invrecon.tasks.adaptation
 import invrecon.tasks.reconstruction
 import invrecon.tasks.score_matching
+from invrecon.adapt.base import Adaptation
+from invrecon.adapt.losses import SelfSupervisedLoss
+from invrecon.adapt.trainable import Trainable
 from invrecon.errors import InputError
 from invrecon.report.writer import ResultWriter
 from invrecon.shared import find_shared, shared_folder
@@ -43,11 +48,16 @@ HOOKS = {
     "test": ("test_step", "test_dataloader"),
     "predict": ("predict_step", "predict_dataloader"),
 }
-# Where the classes are that an argument of the model takes, for messages.
+# Where the classes are that an argument of the model takes (or one of a class of its own kind), for messages.
 CHOICES: dict[str, tuple[Any, type]] = {
     "method": (invrecon.methods, invrecon.methods.Method),
     "operator": (invrecon.operators, invrecon.operators.LinearOperator),
     "noise": (invrecon.operators, invrecon.operators.NoiseModel),
+    "TestTimeAdaptation.method": (invrecon.methods, invrecon.methods.Sampler),
+    "expectation": (invrecon.methods, invrecon.methods.Sampler),
+    "adaptation": (invrecon.adapt, Adaptation),
+    "trainable": (invrecon.adapt, Trainable),
+    "loss": (invrecon.adapt, SelfSupervisedLoss),
 }
 
 
@@ -270,7 +280,9 @@ def complaint(text: str) -> str:
     """Says in one sentence what is wrong, from a parser's error, which goes through every type that it has tried."""
     key = ".".join(re.findall(r'Parser key "([\w.]+)"', text))
     name = re.search(r"Expected a dot import path string: (\S+)", text)
-    module, kind = CHOICES.get(key.rpartition(".")[2], (None, object))
+    argument = key.rpartition(".")[2]
+    owner = (re.findall(r"class_path '(?:\w+\.)*(\w+)'", text) or [""])[-1]
+    module, kind = CHOICES.get(f"{owner}.{argument}", CHOICES.get(argument, (None, object)))
     if name and module:
         classes = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, kind)]
         names = sorted(c.__name__ for c in classes if not inspect.isabstract(c))

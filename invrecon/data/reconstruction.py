@@ -43,6 +43,7 @@ class ReconstructionData(lightning.LightningDataModule):
     Attributes:
         skip_ids: Ids of cases that are already done; set before `predict_dataloader` is called, the same on
             every rank.
+        whole_batches: Whether a batch of which anything is left comes whole, so that what is done changes no batch.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class ReconstructionData(lightning.LightningDataModule):
         self.batch_size, self.num_workers = batch_size, num_workers
         self.intensity = Intensity()
         self.skip_ids: set[str] = set()
+        self.whole_batches = False
         self._files: list[tuple[Volume | Measurement, list[int]]] | None = None
 
     def setup(self, stage: str | None = None) -> None:
@@ -145,7 +147,10 @@ class ReconstructionData(lightning.LightningDataModule):
         batches = []
         for file, indices in self._files:
             left = [index for index in indices if case_id(file.path, index) not in skip]
-            batches += [(file, left[i : i + self.batch_size]) for i in range(0, len(left), self.batch_size)]
+            undone = set(left)
+            dealt = indices if self.whole_batches else left
+            groups = [dealt[i : i + self.batch_size] for i in range(0, len(dealt), self.batch_size)]
+            batches += [(file, group) for group in groups if not undone.isdisjoint(group)]
         return DataLoader(_Batches(batches[rank::num_ranks], self.load), batch_size=None, num_workers=self.num_workers)
 
     def _open(self, path: Path) -> Volume | Measurement:

@@ -23,7 +23,7 @@ from invrecon.data.measurement import is_measurement
 from invrecon.data.phantoms import ellipse_phantom
 from invrecon.data.volumes import find_volumes, read_volume
 from invrecon.errors import InputError
-from invrecon.priors.patch import coordinates, position_map
+from invrecon.priors.patch import cut_patches
 from invrecon.rng import make_generator
 
 AIR = -1000  # [HU]
@@ -85,16 +85,7 @@ class PatchSampler:
         index = torch.randint(len(self.images), (n,), generator=generator)
         frame = (H + 2 * self.pad, W + 2 * self.pad)
         top, left = (torch.randint(f - patch_size + 1, (n,), generator=generator) - self.pad for f in frame)
-        span = torch.arange(patch_size)
-        rows, columns = top[:, None] + span, left[:, None] + span
-        values = self.images[
-            index[:, None, None, None],
-            torch.arange(self.images.shape[1])[None, :, None, None],
-            rows.clamp(0, H - 1)[:, None, :, None],
-            columns.clamp(0, W - 1)[:, None, None, :],
-        ]
-        inside = ((rows >= 0) & (rows < H))[:, None, :, None] & ((columns >= 0) & (columns < W))[:, None, None, :]
-        position = position_map(coordinates(H, top, patch_size), coordinates(W, left, patch_size))
+        values, inside, position = cut_patches(self.images, index, top, left, patch_size)
         return PatchBatch(self.encode(values) * inside, position, key)
 
 

@@ -14,7 +14,7 @@ from invrecon.methods.conditioning import (
 from invrecon.methods.padis import PaDIS, PaDISNormalised, PaDISPaper, PaDISRepo
 from invrecon.methods.sampling import ProximalDiffusion, Sampler, UnconditionalSampler, diffuse, sample_prior
 from invrecon.methods.schedule import GeometricSchedule, KarrasSchedule, Schedule
-from invrecon.methods.start import EstimateStart, NoiseStart, NoisyEstimateStart, Start
+from invrecon.methods.start import EstimateStart, GivenStart, NoiseStart, NoisyEstimateStart, Start
 from invrecon.methods.transitions import DDIM, AcceleratedRenoise, DDSTransition, Langevin, Renoise, Transition
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Estimate",
     "EstimateStart",
     "GeometricSchedule",
+    "GivenStart",
     "KarrasSchedule",
     "Langevin",
     "Method",

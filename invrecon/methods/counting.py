@@ -22,7 +22,7 @@ class Counter:
 
 
 class CountingPrior:
-    """A denoiser that counts its evaluations; one with its vector-Jacobian product counts as one."""
+    """A denoiser that counts its evaluations; one with a vector-Jacobian product counts as one."""
 
     def __init__(self, prior: Prior, counter: Counter) -> None:
         self.prior = prior
@@ -46,6 +46,18 @@ class CountingPrior:
         """Returns `D(x, sigma)` and `J_D(x)^T cotangent(D(x, sigma))`."""
         self.counter.num_calls += 1
         return self.prior.denoise_vjp(x, sigma, cotangent, generators=generators)
+
+    def backpropagate(
+        self,
+        x: Tensor,
+        sigma: float | Tensor,
+        cotangent: Callable[[Tensor], Tensor],
+        *,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> Tensor:
+        """Returns `D(x, sigma)` and adds `J_theta^T cotangent(D(x, sigma))` to the `.grad` of its parameters."""
+        self.counter.num_calls += 1
+        return self.prior.backpropagate(x, sigma, cotangent, generators=generators)
 
 
 def count_calls(operator: LinearOperator, counter: Counter) -> LinearOperator:

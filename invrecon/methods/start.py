@@ -67,3 +67,22 @@ class NoisyEstimateStart(EstimateStart):
         """Returns `x_hat + sigma n`."""
         x = super().__call__(y, operator, sigma, generators)
         return x + sigma * randn(x.shape[1:], generators, x)
+
+
+class GivenStart(Start):
+    """An image that is at hand, with some of the level's noise: `x = x_hat + noise sigma n`.
+
+    Args:
+        estimate: `x_hat`, `(B, C, H, W)`; of `k B` states in a batch each `k` in a row begin with the same one.
+        noise: Share of the noise, in [0, 1].
+    """
+
+    def __init__(self, estimate: Tensor, noise: float = 1.0) -> None:
+        self.estimate, self.noise = estimate, noise
+
+    def __call__(
+        self, y: Tensor, operator: LinearOperator, sigma: float, generators: Sequence[torch.Generator]
+    ) -> Tensor:
+        """Returns `x_hat + noise sigma n`."""
+        x = self.estimate.repeat_interleave(len(y) // len(self.estimate), dim=0)
+        return x + self.noise * sigma * randn(x.shape[1:], generators, x)

@@ -15,12 +15,16 @@ Summary = dict[str, Any]
 
 
 class Column(NamedTuple):
-    """How a metric is printed, and which way is better (+1 higher, -1 lower, 0 neither)."""
+    """How a metric is printed, and which way is better (+1 higher, -1 lower, 0 neither).
+
+    `digits` are those behind the point, or the significant ones where `style` is `g`: for losses of any scale.
+    """
 
     title: str
     unit: str
     digits: int
     better: int
+    style: str = "f"
 
 
 COLUMNS: dict[str, Column] = {
@@ -28,12 +32,16 @@ COLUMNS: dict[str, Column] = {
     "ssim": Column("SSIM", "", 4, 1),
     "psnr_body": Column("PSNR, body", "dB", 2, 1),
     "relative_residual": Column("Residual", "", 5, -1),
+    "data_loss": Column("Data loss", "", 3, -1, "g"),
+    "held_out_loss": Column("Held-out loss", "", 3, -1, "g"),
+    "num_trainable": Column("Adapted parameters", "", 0, 0),
     "num_evaluations": Column("Evaluations", "", 0, 0),
     "num_operator_calls": Column("Operator calls", "", 0, 0),
     "seconds": Column("Time", "s", 2, -1),
     "peak_memory_mb": Column("Memory", "MB", 0, -1),
 }
 METRICS = tuple(COLUMNS)
+ADAPTATION_METRICS = ("data_loss", "held_out_loss", "num_trainable")
 NUM_RESAMPLES = 2000
 
 
@@ -173,7 +181,8 @@ def format_value(metric: str, value: Any) -> str:
         return "-"
     if math.isinf(number):
         return "∞" if number > 0 else "-∞"
-    return f"{number:.{COLUMNS.get(metric, Column(metric, '', 3, 0)).digits}f}"
+    column = COLUMNS.get(metric, Column(metric, "", 3, 0))
+    return f"{number:.{column.digits}{column.style}}"
 
 
 def format_entry(metric: str, entry: Mapping[str, Any] | None) -> str:

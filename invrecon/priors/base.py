@@ -24,6 +24,16 @@ def broadcast(values: Tensor, x: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (x.ndim - 1))
 
 
+def pull_back(denoised: Tensor, v: Tensor) -> None:
+    """Adds `J_theta^T v` to the `.grad` of every parameter that `denoised` depends on and that requires it.
+
+    The graph is retained, until its last reference goes, because weights held by `torch.nn.utils.parametrize.cached`
+    are part of several graphs.
+    """
+    if denoised.requires_grad:
+        torch.autograd.backward(denoised, v.detach(), retain_graph=True)
+
+
 class Prior(nn.Module, ABC):
     """A denoiser in variance-exploding coordinates, `x = x0 + sigma n`, `n ~ N(0, I)`.
 
@@ -67,3 +77,28 @@ class Prior(nn.Module, ABC):
             x0 = self(x, sigma, generators=generators)
             (gradient,) = torch.autograd.grad(x0, x, cotangent(x0.detach()))
         return x0.detach(), gradient
+
+    def backpropagate(
+        self,
+        x: Tensor,
+        sigma: float | Tensor,
+        cotangent: Cotangent,
+        *,
+        generators: Generators | None = None,
+    ) -> Tensor:
+        """Returns `D(x)`, detached, and adds `J_theta^T v`, `v = cotangent(D(x))`, to its parameters' `.grad`.
+
+        This is all that adaptation needs: for a loss `L(D_theta(x))`, the cotangent is the gradient of `L` with
+        respect to `D`, and what is added is the gradient of `L` with respect to `theta`. Parameters that do not
+        require a gradient are left alone.
+
+        Args:
+            x: Noisy images, `(B, C, *S)`.
+            sigma: Noise standard deviation, a float or `(B,)`.
+            cotangent: Maps the detached `D(x)` to `v`, of the same shape.
+            generators: One generator a sample.
+        """
+        with torch.enable_grad():
+            x0 = self(x.detach(), sigma, generators=generators)
+            pull_back(x0, cotangent(x0.detach()))
+        return x0.detach()

@@ -15,7 +15,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from invrecon.errors import InputError
-from invrecon.priors.base import Cotangent, Prior, broadcast, per_sample
+from invrecon.priors.base import Cotangent, Prior, broadcast, per_sample, pull_back
 from invrecon.priors.edm import EDMDenoiser
 from invrecon.rng import Generators, make_generators, randint, randn
 
@@ -66,6 +66,36 @@ def pad_with_noise(x: Tensor, pad: Sequence[int], sigma: Tensor, generators: Gen
     padded = nnf.pad(x, list(pad))
     outside = nnf.pad(torch.zeros_like(x[:1, :1]), list(pad), value=1.0)
     return padded + outside * broadcast(sigma, x) * randn(padded.shape[1:], generators, like=x)
+
+
+def cut_patches(
+    images: Tensor, index: Tensor, top: Tensor, left: Tensor, patch_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cuts patches out of images that are surrounded by zeros.
+
+    Args:
+        images: `(N, C, H, W)`, of any dtype.
+        index: Which image each patch is of, `(n,)`.
+        top: First row of each patch, `(n,)`; negative in the padding.
+        left: First column of each patch, `(n,)`.
+        patch_size: `P`.
+
+    Returns:
+        Values `(n, C, P, P)`, repeated from the edge where a patch leaves its image; whether a pixel is inside
+        `(n, 1, P, P)`; position channels `(n, 2, P, P)`.
+    """
+    H, W = images.shape[-2:]
+    span = torch.arange(patch_size, device=top.device)
+    rows, columns = top[:, None] + span, left[:, None] + span
+    values = images[
+        index[:, None, None, None],
+        torch.arange(images.shape[1], device=top.device)[None, :, None, None],
+        rows.clamp(0, H - 1)[:, None, :, None],
+        columns.clamp(0, W - 1)[:, None, None, :],
+    ]
+    inside = ((rows >= 0) & (rows < H))[:, None, :, None] & ((columns >= 0) & (columns < W))[:, None, None, :]
+    position = position_map(coordinates(H, top, patch_size), coordinates(W, left, patch_size))
+    return values, inside, position
 
 
 @dataclass(frozen=True)
@@ -133,6 +163,15 @@ class WholePrior(Prior):
         super().__init__()
         self.denoiser = denoiser
 
+    def draw(self, images: Tensor, num_pixels: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draws images `(n, C, H, W)` with about `num_pixels` in all, and their position channels `(n, 2, H, W)`."""
+        (N, _, H, W), stride = images.shape, getattr(self.denoiser.network, "stride", 1)
+        num = max(1, round(num_pixels / (H * W)))
+        index = torch.randperm(N, generator=generator).repeat(-(-num // N))[:num].to(images.device)
+        rows, columns = coordinates(H, 0, H + -H % stride), coordinates(W, 0, W + -W % stride)
+        position = position_map(rows[None], columns[None]).to(images.device).expand(num, -1, -1, -1)
+        return nnf.pad(images[index], (0, -W % stride, 0, -H % stride)), position
+
     def forward(self, x: Tensor, sigma: float | Tensor, *, generators: Generators | None = None) -> Tensor:
         """Returns `D(x, sigma)`, `(B, C, H, W)`."""
         sigma = per_sample(sigma, x)
@@ -168,6 +207,22 @@ class PatchPrior(Prior):
         self.denoiser = denoiser
         self.patch_size = patch_size
         self.max_patches = max_patches
+
+    def draw(self, images: Tensor, num_pixels: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draws patches `(n, C, P, P)` with about `num_pixels` in all, and their positions `(n, 2, P, P)`.
+
+        Places are uniform over the padded frame, as in training and as the shifted grid visits them.
+        """
+        tiling, P = Tiling((images.shape[-2], images.shape[-1]), self.patch_size), self.patch_size
+        num = max(1, round(num_pixels / P**2))
+
+        def places(high: int) -> Tensor:
+            return torch.randint(high, (num,), generator=generator).to(images.device)
+
+        index = places(len(images))
+        top, left = (places(n + 2 * m - P + 1) - m for n, m in zip(tiling.shape, tiling.pad, strict=True))
+        values, inside, position = cut_patches(images, index, top, left, P)
+        return values * inside, position
 
     def _layout(
         self, x: Tensor, sigma: Tensor, generators: Generators | None
@@ -230,6 +285,40 @@ class PatchPrior(Prior):
             else:
                 pulled = torch.cat([self._pull_back(patches[c], levels[c], positions[c], v[c]) for c in chunks])
         return x0, self._assemble(tiling, offsets, pulled)
+
+    def backpropagate(
+        self,
+        x: Tensor,
+        sigma: float | Tensor,
+        cotangent: Cotangent,
+        *,
+        generators: Generators | None = None,
+    ) -> Tensor:
+        r"""Returns `D(x)`, detached, and adds `J_theta^T v` to its parameters' `.grad`, in the memory of one chunk.
+
+        $$ J_\theta^T v = \sum_c \partial_\theta \langle G_c v, D_\theta(G_c x) \rangle $$
+
+        Each pixel comes from one patch, so once `D(x)` is known, and with it `v = cotangent(D(x))`, every chunk `c` is
+        denoised again and pulls back its own part of `v`; only the first keeps its graph from the first pass.
+        """
+        sigma = per_sample(sigma, x)
+        with torch.no_grad():
+            tiling, offsets, patches, positions = self._layout(x, sigma, generators)
+            levels = sigma.repeat_interleave(len(patches) // len(x))
+            first, *others = self._chunks(len(patches))
+        # Weights cached by `torch.nn.utils.parametrize.cached` are made in the first call: it has to have a graph.
+        with torch.enable_grad():
+            kept = self.denoiser(patches[first], levels[first], positions[first])
+        with torch.no_grad():
+            chunks = [self.denoiser(patches[c], levels[c], positions[c]) for c in others]
+            x0 = self._assemble(tiling, offsets, torch.cat([kept.detach(), *chunks]))
+        with torch.enable_grad():
+            v = self._split(tiling, offsets, cotangent(x0).detach())
+            pull_back(kept, v[first])
+            del kept
+            for c in others:
+                pull_back(self.denoiser(patches[c], levels[c], positions[c]), v[c])
+        return x0
 
     def _pull_back(self, patches: Tensor, levels: Tensor, positions: Tensor, v: Tensor) -> Tensor:
         leaf = patches.detach().requires_grad_(True)

@@ -89,7 +89,7 @@ def case_figure(
     labels = _psnr_labels(arrays, truth, offset, scale)
     for row, window in enumerate(windows):
         box = _zoom_box(guide, window)
-        sheet.row_label(row, window.name, _range(window))
+        sheet.row_label(row, window.name, window_range(window))
         shown = arrays if truth is None else {"Reference": truth, **arrays}
         for column, (name, array) in enumerate(shown.items()):
             axes = sheet.panel(row, column, array, window, box)
@@ -154,7 +154,7 @@ def comparison_figure(
     limit = _error_limit([[array - truth for array in arrays.values()] for arrays in settings.values()])
     for index, (setting, arrays) in enumerate(settings.items()):
         labels = _psnr_labels(arrays, truth, offset, scale)
-        sheet.row_label(2 * index, setting, f"{window.name}, {_range(window)}")
+        sheet.row_label(2 * index, setting, f"{window.name}, {window_range(window)}")
         axes = sheet.panel(2 * index, 0, truth, window, box)
         sheet.scale_bar(axes, voxel_mm)
         for column, name in enumerate(methods, start=1):
@@ -219,5 +219,6 @@ def _zoom_box(image: np.ndarray, window: Window) -> tuple[int, int, int]:
     return int(top), int(left), size
 
 
-def _range(window: Window) -> str:
+def window_range(window: Window) -> str:
+    """The window's range in words."""
     return f"{window.low:.0f} … {window.high:.0f} {window.units}"

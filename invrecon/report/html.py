@@ -74,6 +74,7 @@ def write_report(
     command: str = "",
     notes: Sequence[str] | None = None,
     comparisons: Sequence[Comparison] = (),
+    adaptation: Sequence[Figure] = (),
 ) -> Path:
     """Writes the page.
 
@@ -93,6 +94,7 @@ def write_report(
         command: The command that made the run.
         notes: What a reader has to know to not misread the numbers; by default the notes that fit `rows`.
         comparisons: Slices to compare under a slider.
+        adaptation: How the prior was adapted to each case, under a heading of their own.
 
     Returns:
         `path`.
@@ -109,6 +111,7 @@ def write_report(
         _section("Summary", _summary_table(summary) if summary else ""),
         _section("Compare", _comparisons(comparisons)),
         _section("Figures", "".join(_figure(f) for f in entries)),
+        _section("Adaptation", "".join(_figure(f) for f in adaptation)),
         _section("Every slice", _rows_table(rows) if rows else ""),
         _section("How to read this", _list(notes)),
         _section("To make it again", _details("Command", command) + _details("Configuration", config_text)),
@@ -209,7 +212,7 @@ def _row_cell(column: str, value: Any) -> str:
 
 
 def _words(column: str) -> str:
-    return ' class="words"' if column in ("case", "patient", "method") else ""
+    return ' class="words"' if column in ("case", "patient", "method", "stopped_at", "verdict") else ""
 
 
 def _figure(figure: Figure) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -33,6 +33,13 @@ from invrecon.report.volume import (
     voxel_of,
     write_volume,
 )
+
+if TYPE_CHECKING:
+    import h5py
+
+ADAPTATION = "adaptation.json"
+TRACE = "trace"
+STACKS = ("samples", "steps")  # several images of a slice
 
 ROW_FIELDS = (
     *("case", "slice", "patient", "method", "psnr", "ssim", "psnr_body", "relative_residual"),
@@ -51,6 +58,7 @@ class Part:
         row: Its line of `metrics.csv`.
         voxel_mm: Voxel size (z, y, x) in [mm].
         source: The input file.
+        trace: How the prior was adapted (`adaptation.encode_trace`); empty if it was not.
     """
 
     id: str
@@ -58,6 +66,7 @@ class Part:
     row: dict[str, Any] = field(default_factory=dict)
     voxel_mm: tuple[float, float, float] | None = None
     source: str = ""
+    trace: dict[str, Any] = field(default_factory=dict)
 
     @property
     def case(self) -> str:
@@ -125,6 +134,7 @@ class PredictionStore:
         *,
         voxel_mm: Sequence[float] | None = None,
         source: str = "",
+        trace: Mapping[str, Any] | None = None,
     ) -> Path:
         """Writes one slice's part, atomically.
 
@@ -138,6 +148,8 @@ class PredictionStore:
             row: The slice's line of `metrics.csv`.
             voxel_mm: Voxel size (z, y, x) in [mm].
             source: The input file.
+            trace: How the prior was adapted; the estimates on the way are among the arrays, as `steps` `(K, H, W)` or
+                `(K, 1, H, W)`.
 
         Raises:
             InputError: The disk is full or the folder cannot be written to.
@@ -146,10 +158,12 @@ class PredictionStore:
         with atomic_h5(path) as file:
             for name, value in arrays.items():
                 if value is not None:
-                    file.create_dataset(name, data=squeeze_channel(value, keep_first=name == "samples"))
+                    file.create_dataset(name, data=squeeze_channel(value, keep_first=name in STACKS))
             file.attrs["fingerprint"] = fingerprint
             file.attrs["row"] = to_json(row or {})
             file.attrs["source"] = str(source)
+            if trace is not None:
+                file[TRACE] = to_json(trace)  # a dataset: an attribute is limited to 64 kB
             if voxel_mm is not None:
                 file.attrs["voxel_mm"] = np.asarray(voxel_mm, dtype=np.float64)
         return path
@@ -165,8 +179,9 @@ class PredictionStore:
         path = self._part_path(case_id)
         if path.exists():
             with h5py.File(path, "r") as file:
-                arrays = {name: file[name][()] for name in file}
-                return Part(case_id, arrays, json.loads(file.attrs["row"]), voxel_of(file), str(file.attrs["source"]))
+                arrays = {name: file[name][()] for name in file if name != TRACE}
+                row, source = json.loads(file.attrs["row"]), str(file.attrs["source"])
+                return Part(case_id, arrays, row, voxel_of(file), source, _trace_of(file))
         case, index = case_id.rsplit("/", 1)
         volume = self._volume_path(case)
         if volume.exists():
@@ -201,6 +216,22 @@ class PredictionStore:
             with h5py.File(path, "r") as file:
                 rows[_id_of(path)] = json.loads(file.attrs["row"])
         return [rows[key] for key in sorted(rows, key=_order) if rows[key]]
+
+    def traces(self) -> dict[str, dict[str, Any]]:
+        """How the prior was adapted, by id: of the parts and, for slices in a volume, as `adaptation.json` has it."""
+        import h5py
+
+        ids, found = self.ids(), {}
+        path = self.output_dir / ADAPTATION
+        if path.exists():
+            try:
+                found = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise InputError(f"{path} is damaged: remove it and run the same command again.") from error
+        for part in self._part_paths():
+            with h5py.File(part, "r") as file:
+                found[_id_of(part)] = _trace_of(file)
+        return {name: found[name] for name in ids if found.get(name)}
 
     def assemble(self) -> list[Path]:
         """Makes one volume a case of its parts, one slice in memory at a time, and removes the parts.
@@ -277,6 +308,17 @@ def write_metrics(
     return summary
 
 
+def write_traces(output_dir: str | os.PathLike[str], traces: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes `adaptation.json`, by id; nothing where nothing was adapted.
+
+    Raises:
+        InputError: The disk is full or the folder cannot be written to.
+    """
+    if traces:
+        without = {name: {k: v for k, v in trace.items() if k != "shown"} for name, trace in traces.items()}
+        write_json(Path(output_dir) / ADAPTATION, without)
+
+
 def remove_leftovers(output_dir: str | os.PathLike[str]) -> None:
     """Removes temporary files that a kill left behind; call from one process before any rank writes."""
     root = Path(output_dir)
@@ -294,6 +336,10 @@ def _safe(case: str) -> str:
     if "/" in case or "\0" in case or case in ("", ".", ".."):
         raise InputError(f"A case's name becomes a file name, got '{case}': rename its file.")
     return case
+
+
+def _trace_of(file: h5py.File) -> dict[str, Any]:
+    return json.loads(file[TRACE].asstr()[()]) if TRACE in file else {}
 
 
 def _id_of(path: Path) -> str:

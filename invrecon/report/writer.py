@@ -11,15 +11,18 @@ import lightning
 from torch import Tensor
 
 from invrecon.files import atomic_write
-from invrecon.metrics.summary import format_table
+from invrecon.metrics.summary import ADAPTATION_METRICS, METRICS, format_table
+from invrecon.report.adaptation import adaptation_figure, describe_trace, encode_trace, step_images
 from invrecon.report.provenance import file_identity, fingerprint, provenance
-from invrecon.report.store import Part, PredictionStore, remove_leftovers, write_metrics
+from invrecon.report.store import Part, PredictionStore, remove_leftovers, write_metrics, write_traces
 
 # What changes no number of a result, and so must not keep a run from being continued.
 NEUTRAL = {
     "model": {"num_figures"},
     "data": {"paths", "slices", "batch_size", "num_workers"},
 }
+# What decides numbers after all where the cases of a batch share what is learned from them.
+POOLED = {"slices", "batch_size"}
 
 
 class ResultWriter(lightning.Callback):
@@ -52,11 +55,11 @@ class ResultWriter(lightning.Callback):
         self.store = PredictionStore(self.output, data.intensity.units, origin)
         index = data.case_index()
         inputs = [file_identity(path) for path, _ in index if Path(path).exists()]
-        self.fingerprint = fingerprint(self._settings(stage), pl_module.weights_sha256, inputs)
+        self.fingerprint = fingerprint(self._settings(stage, pl_module.pool), pl_module.weights_sha256, inputs)
         done = self.store.completed(self.fingerprint)
         trainer.strategy.barrier("completed")  # nobody writes before everybody has looked
         if stage == "predict":
-            data.skip_ids = done
+            data.skip_ids, data.whole_batches = done, pl_module.pool
             if done and trainer.is_global_zero:
                 num = len(data.case_ids())
                 print(f"{len(done)} of {num} slices are complete in {self.output}; going on with the rest.")
@@ -65,9 +68,10 @@ class ResultWriter(lightning.Callback):
             chosen = {indices[(2 * k + 1) * len(indices) // (2 * num)] for k in range(num)}
             self.drawn |= {name for name in data.case_ids() if _splits(name, Path(path).name, chosen)}
 
-    def _settings(self, stage: str) -> dict[str, Any]:
+    def _settings(self, stage: str, pool: bool) -> dict[str, Any]:
         settings: dict[str, Any] = {"command": stage}
-        for key, neutral in NEUTRAL.items():
+        for key, names in NEUTRAL.items():
+            neutral = names - POOLED if pool else names
             section = dict(self.config.get(key) or {})
             arguments = {k: v for k, v in (section.get("init_args") or {}).items() if k not in neutral}
             settings[key] = {"class_path": section.get("class_path"), "init_args": arguments}
@@ -86,7 +90,9 @@ class ResultWriter(lightning.Callback):
     def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *unused: Any) -> None:
         """Keeps the metrics of a batch."""
         for b, name in enumerate(outputs.batch.id):
-            self.store.save(name, self.fingerprint, {}, outputs.rows[b], source=outputs.batch.source[b])
+            trace = self._trace(outputs, b, pl_module)
+            source = outputs.batch.source[b]
+            self.store.save(name, self.fingerprint, {}, outputs.rows[b], source=source, trace=trace)
 
     def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *unused: Any) -> None:
         """Keeps the images and metrics of a batch."""
@@ -101,19 +107,31 @@ class ResultWriter(lightning.Callback):
             if name in self.drawn:
                 arrays["baseline"] = None if outputs.baseline is None else decode(outputs.baseline[b].clamp(0, 1))
                 arrays["reference"] = None if outputs.reference is None else decode(outputs.reference[b])
+            trace = self._trace(outputs, b, pl_module, with_images=name in self.drawn)
+            if trace is not None and trace["shown"]:
+                arrays["steps"] = decode(step_images(outputs.traces[b], trace["shown"]).clamp(0, 1))
             voxel = batch.voxel_mm[b] if batch.voxel_mm else None
             if voxel is not None and batch.reference is not None:  # stored finer than it is reconstructed
                 factor = batch.reference.shape[-1] / estimate.mean.shape[-1]
                 voxel = (voxel[0], voxel[1] * factor, voxel[2] * factor)
-            self.store.save(name, self.fingerprint, arrays, outputs.rows[b], voxel_mm=voxel, source=batch.source[b])
+            row, source = outputs.rows[b], batch.source[b]
+            self.store.save(name, self.fingerprint, arrays, row, voxel_mm=voxel, source=source, trace=trace)
+
+    def _trace(self, outputs: Any, b: int, pl_module: Any, with_images: bool = False) -> dict[str, Any] | None:
+        """How the prior was adapted to a case of the batch; None if it was not."""
+        if outputs.traces is None:
+            return None
+        sharing = outputs.batch.id if pl_module.pool else [outputs.batch.id[b]]
+        return encode_trace(outputs.traces[b], sharing, with_images)
 
     def on_test_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Writes and prints the table."""
         trainer.strategy.barrier("written")
         if trainer.is_global_zero:
             summary = write_metrics(self.output, self.store.rows())
+            write_traces(self.output, self.store.traces())
             self.store.clear()
-            print(format_table({_label(pl_module): summary}))
+            print(_table(pl_module.label, summary))
             print(f"Written to {self.output}: metrics.csv, summary.json.")
 
     def on_predict_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
@@ -127,15 +145,18 @@ class ResultWriter(lightning.Callback):
         drawn = [part for part in parts if not self._figure(part).exists()]
         for part in drawn:
             self._draw(part, pl_module)
+        traces = self.store.traces()
+        write_traces(self.output, traces)
+        adapted = self._draw_adaptations(parts, traces, pl_module)
         volumes = self.store.assemble()
-        self._write_page(parts, rows, summary, pl_module, trainer)
+        self._write_page(parts, rows, summary, pl_module, trainer, adapted)
         if any("psnr" in row for row in rows):
-            print(format_table({_label(pl_module): summary}))
+            print(_table(pl_module.label, summary))
         names = ", ".join(path.name for path in volumes) or "no new volume"
         print(f"Written to {self.output}: {names}; report.html, metrics.csv, summary.json and figures.")
 
-    def _figure(self, part: Part) -> Path:
-        return self.output / "figures" / f"{part.case}_{part.index:04d}.png"
+    def _figure(self, part: Part, what: str = "") -> Path:
+        return self.output / "figures" / f"{part.case}_{part.index:04d}{what}.png"
 
     def _draw(self, part: Part, pl_module: Any) -> None:
         from invrecon.report.figures import case_figure
@@ -143,7 +164,7 @@ class ResultWriter(lightning.Callback):
         images = {"Direct inverse": part.arrays["baseline"]} if "baseline" in part.arrays else {}
         case_figure(
             self._figure(part),
-            {**images, type(pl_module.method).__name__: part.arrays["mean"]},
+            {**images, pl_module.label.rsplit(" + ", 1)[-1]: part.arrays["mean"]},  # the whole would not fit
             reference=part.arrays.get("reference"),
             std=part.arrays.get("std"),
             title=f"{part.case}, slice {part.index}",
@@ -151,8 +172,30 @@ class ResultWriter(lightning.Callback):
             voxel_mm=part.voxel_mm,
         )
 
+    def _draw_adaptations(
+        self, parts: list[Part], traces: Mapping[str, Mapping[str, Any]], pl_module: Any
+    ) -> dict[Path, str]:
+        """Draws how the prior was adapted to each of the slices; returns the figures with their captions."""
+        captions = {}
+        for part in parts:
+            if part.id not in traces:
+                continue
+            trace, path = part.trace or traces[part.id], self._figure(part, "_adaptation")
+            title = f"{part.case}, slice {part.index}"
+            if not path.exists():
+                images = part.arrays.get("steps")
+                adaptation_figure(path, trace, images, title=f"{title}: adaptation", subtitle=pl_module.label)
+            captions[path] = f"{title}: {describe_trace(trace)}"
+        return captions
+
     def _write_page(
-        self, parts: list[Part], rows: list[dict[str, Any]], summary: Any, pl_module: Any, trainer: Any
+        self,
+        parts: list[Part],
+        rows: list[dict[str, Any]],
+        summary: Any,
+        pl_module: Any,
+        trainer: Any,
+        adapted: Mapping[Path, str],
     ) -> None:
         from invrecon.report.figures import choose_windows, image_png
         from invrecon.report.html import Comparison, Figure, write_report
@@ -188,14 +231,17 @@ class ResultWriter(lightning.Callback):
             figures,
             self.config_text,
             title="Reconstruction report",
-            subtitle=f"{len(rows)} slices by {_label(pl_module)}",
+            subtitle=f"{len(rows)} slices by {pl_module.label}",
             command=self.store.provenance["command"],
             comparisons=comparisons,
+            adaptation=[Figure(path, caption) for path, caption in adapted.items()],
         )
 
 
-def _label(pl_module: Any) -> str:
-    return type(pl_module.method).__name__
+def _table(label: str, summary: Mapping[str, Any]) -> str:
+    """The table for the terminal, which is too narrow for what the page says of adaptations."""
+    shown = [name for name in METRICS if name in summary and name not in ADAPTATION_METRICS]
+    return format_table({label: summary}, shown)
 
 
 def _splits(case_id: str, file_name: str, indices: set[int]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from invrecon.adapt.base import Trace
 from invrecon.data.cases import CaseBatch
 from invrecon.data.intensity import Intensity
 from invrecon.errors import InputError
@@ -24,7 +26,7 @@ from invrecon.operators.ct import CT, ct_from_geometry
 from invrecon.operators.noise import NoiseModel, NoNoise
 from invrecon.priors.base import Prior
 from invrecon.priors.weights import PriorCard, file_hash, load_prior
-from invrecon.rng import make_generators
+from invrecon.rng import Generators, make_generators
 from invrecon.shared import find_shared
 
 PRECISIONS = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
@@ -40,6 +42,7 @@ class Result:
         reference: On the reconstruction's grid, or None.
         baseline: The operator's direct inverse, for the figures.
         rows: One dictionary a slice.
+        traces: How the prior was adapted, one a slice (the same one for slices that share an adapter), or None.
     """
 
     batch: CaseBatch
@@ -47,6 +50,7 @@ class Result:
     reference: Tensor | None
     baseline: Tensor | None
     rows: list[dict[str, Any]]
+    traces: list[Trace] | None = None
 
 
 class Reconstruction(lightning.LightningModule):
@@ -65,7 +69,12 @@ class Reconstruction(lightning.LightningModule):
         seed: Of noise and sampling.
         num_figures: Slices a volume that `predict` draws.
         save_samples: Whether `predict` writes every posterior sample beside mean and standard deviation.
+
+    Attributes:
+        pool: Whether the cases of a batch share what is learned from them, so that batches decide numbers.
     """
+
+    pool: bool = False
 
     def __init__(
         self,
@@ -165,6 +174,17 @@ class Reconstruction(lightning.LightningModule):
         widths = [voxel[-1] * batch.reference.shape[-1] for voxel in batch.voxel_mm if voxel is not None]
         return torch.tensor(widths, device=self.device) / self.operator.field_of_view
 
+    @property
+    def label(self) -> str:
+        """The method's name in tables and figures."""
+        return type(self.method).__name__
+
+    def solve(
+        self, y: Tensor | None, operator: LinearOperator, generators: Generators
+    ) -> tuple[Estimate, list[Trace] | None]:
+        """Returns the estimate, and how the prior was adapted to these cases if it was."""
+        return self.method(y, operator, self.prior, generators=generators), None  # type: ignore[arg-type]
+
     def reconstruct(self, batch: CaseBatch) -> Result:
         """Measures (if need be), reconstructs and judges a batch."""
         y, operator, reference = self.measure(batch)
@@ -176,8 +196,7 @@ class Reconstruction(lightning.LightningModule):
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         start = time.perf_counter()
-        generators = make_generators(self.seed, batch.id)
-        estimate = self.method(y, operator, self.prior, generators=generators)  # type: ignore[arg-type]
+        estimate, traces = self.solve(y, operator, make_generators(self.seed, batch.id))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         seconds = (time.perf_counter() - start) / len(batch)
@@ -203,16 +222,17 @@ class Reconstruction(lightning.LightningModule):
                 "case": name.rsplit("/", 1)[0],
                 "slice": batch.index[b],
                 "patient": batch.patient[b],
-                "method": type(self.method).__name__,
+                "method": self.label,
                 **{key: values[b] for key, values in columns.items()},
                 "seconds": seconds,
                 "peak_memory_mb": _peak_memory_mb(self.device),
                 "seed": self.seed,
                 "measurement": self._measurement(batch, operator),
+                **({} if traces is None else trace_columns(traces[b])),
             }
             rows.append(row)
         baseline = None if y is None else operator.baseline(y)
-        return Result(batch, estimate, reference, baseline, rows)
+        return Result(batch, estimate, reference, baseline, rows, traces)
 
     def _measurement(self, batch: CaseBatch, operator: LinearOperator) -> str:
         """Says in words what was measured, and how."""
@@ -256,6 +276,20 @@ class Reconstruction(lightning.LightningModule):
             "precision of the prior": self.precision,
             "seed": str(self.seed),
         }
+
+
+def trace_columns(trace: Trace) -> dict[str, Any]:
+    """Returns what `metrics.csv` says of an adaptation: the losses are the last ones of the weights that were used."""
+    used = trace.steps[: trace.stopped_at + 1]
+    held_out = [loss for loss in (step.held_out_loss for step in used) if loss is not None and math.isfinite(loss)]
+    columns = {
+        "stopped_at": used[-1].name if used else "unadapted",
+        "data_loss": used[-1].data_loss if used else None,
+        "held_out_loss": held_out[-1] if held_out else None,
+        "num_trainable": trace.num_trainable,
+        "verdict": trace.verdict or None,
+    }
+    return {name: value for name, value in columns.items() if value is not None}
 
 
 def _peak_memory_mb(device: torch.device) -> float:

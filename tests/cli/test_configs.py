@@ -14,8 +14,22 @@ from invrecon.errors import InputError
 from tests.cli.tiny import FAST, QUIET, ROOT, SIZE, files_in, learn, read, reconstruct
 
 # What makes each config tiny; a new config needs an entry here, or the first test fails.
-TRAINING = ("patch_ct", "whole_ct")
+TRAINING = ("patch_ct", "whole_ct", "patch_ellipses", "whole_ellipses")
+LEVELS = ("--model.method.schedule.num_levels=3", "--model.adaptation.steps=1")
+ADAPTATION = {
+    "tta_ct": (
+        "--model.prior={}/patch.safetensors",
+        "--model.method.num_levels=2",
+        "--model.adaptation.rounds=1",
+        "--model.adaptation.steps=1",
+    ),
+    "scd_ct": ("--model.prior={}/whole.safetensors", *LEVELS),
+    "ddip_ct": ("--model.prior={}/whole.safetensors", *LEVELS),
+    "patch_ss_ct": ("--model.prior={}/patch.safetensors", *LEVELS),
+    "whole_ss_ct": ("--model.prior={}/whole.safetensors", *LEVELS),
+}
 RECONSTRUCTION = {
+    **ADAPTATION,
     "recon_ct": ("--model.prior={}/patch.safetensors", "--model.method.num_levels=2"),
     "padis_ct": ("--model.prior={}/patch.safetensors", "--model.method.num_levels=2", "--model.method.num_inner=2"),
     "tv_ct": ("--model.method.num_iterations=25",),
@@ -89,14 +103,6 @@ def test_a_training_is_not_continued_with_other_data(
     assert (tmp_path / "run" / "prior.md").read_text() == card
 
 
-def test_training_on_ellipses_needs_no_data(invrecon: Callable[..., Any], tmp_path: Path) -> None:
-    args = learn("patch_ct.yaml", "unused", tmp_path / "run")
-    at = args.index("--data.paths")
-    args[at : at + 2] = ["--data=EllipseTraining", "--data.num_phantoms=4"]
-    invrecon(args)
-    assert "ellipse phantoms" in (tmp_path / "run" / "prior.md").read_text()
-
-
 @pytest.mark.parametrize("command", ["test", "predict"])
 @pytest.mark.parametrize("config", RECONSTRUCTION)
 def test_reconstruction_configs(
@@ -106,6 +112,8 @@ def test_reconstruction_configs(
     args = reconstruct(command, f"{config}.yaml", library / "scans", tmp_path / "out", "--model.num_figures=0", *more)
     invrecon(args)
     expected = {"config.yaml", "metrics.csv", "summary.json"}
+    if config in ADAPTATION:
+        expected.add("adaptation.json")
     volumes = {"a.h5", "b.h5", "c.h5", "report.html"} if command == "predict" else set()
     assert files_in(tmp_path / "out") == expected | volumes
     assert not files_in(here)

@@ -103,7 +103,8 @@ def reconstruct(command: str, config: str, data: object, output: object, *more: 
 def learn(config: str, data: object, output: object, *more: object) -> list[str]:
     """The arguments of a tiny `fit`."""
     sizes = WHOLE if config.startswith("whole") else PATCHES
-    args = ["fit", "--config", config, "--data.paths", data, "--output", output, *LEARN, *sizes]
+    source = ("--data.num_phantoms=4",) if "ellipses" in config else ("--data.paths", data)
+    args = ["fit", "--config", config, *source, "--output", output, *LEARN, *sizes]
     return [str(arg) for arg in (*args, *QUIET, *more)]
 
 

@@ -1,0 +1,44 @@
+"""Test-time adaptation: what is trained, by which loss, when to stop, and whether to start."""
+
+from invrecon.adapt.base import Adaptation, Step, Trace
+from invrecon.adapt.em import ExpectationMaximisation
+from invrecon.adapt.losses import DataLoss, ImplicitProximalDataLoss, ProximalDataLoss, SelfSupervisedLoss
+from invrecon.adapt.presets import DDIP, SCD, PatchSelfSupervision, WholeSelfSupervision
+from invrecon.adapt.selfsupervised import AdaptingPrior, DenoisedOutput, Levels, PriorNoise, SelfSupervised
+from invrecon.adapt.stopping import Discrepancy, HeldOutViews, Stopper, held_out_loss, without_views
+from invrecon.adapt.suitability import SuitabilityTest, Verdict
+from invrecon.adapt.trainable import AllWeights, Biases, LoRA, Trainable, adapted_copy, movement, num_parameters
+
+__all__ = [
+    "DDIP",
+    "SCD",
+    "Adaptation",
+    "AdaptingPrior",
+    "AllWeights",
+    "Biases",
+    "DataLoss",
+    "DenoisedOutput",
+    "Discrepancy",
+    "ExpectationMaximisation",
+    "HeldOutViews",
+    "ImplicitProximalDataLoss",
+    "Levels",
+    "LoRA",
+    "PatchSelfSupervision",
+    "PriorNoise",
+    "ProximalDataLoss",
+    "SelfSupervised",
+    "SelfSupervisedLoss",
+    "Step",
+    "Stopper",
+    "SuitabilityTest",
+    "Trace",
+    "Trainable",
+    "Verdict",
+    "WholeSelfSupervision",
+    "adapted_copy",
+    "held_out_loss",
+    "movement",
+    "num_parameters",
+    "without_views",
+]

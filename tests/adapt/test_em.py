@@ -1,0 +1,172 @@
+"""Expectation maximisation on one measurement: it learns, it is reproducible, and it leaves the prior alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from invrecon.adapt import ExpectationMaximisation, HeldOutViews, LoRA, SuitabilityTest
+from invrecon.data.phantoms import ellipse_phantom
+from invrecon.errors import InputError
+from invrecon.methods import ProximalDiffusion
+from invrecon.operators import ParallelBeamCT, RelativeGaussianNoise
+from invrecon.priors.analytic import GaussianPrior
+from invrecon.priors.edm import EDMDenoiser
+from invrecon.priors.patch import PatchPrior, WholePrior
+from invrecon.priors.unet import UNet
+from invrecon.rng import make_generator, make_generators
+
+SIZE = 24
+
+
+def make_prior(kind: str = "patch") -> PatchPrior | WholePrior:
+    torch.manual_seed(0)
+    network = UNet(base_channels=8, multipliers=(1, 2))
+    torch.nn.init.normal_(network.head.weight, std=0.02)  # a fresh network's head is zero: nothing below it would learn
+    denoiser = EDMDenoiser(network, 0.3)
+    return PatchPrior(denoiser, 8) if kind == "patch" else WholePrior(denoiser)
+
+
+def make_cases(num: int = 1, noise: float = 0.0):
+    operator = ParallelBeamCT(SIZE, 12, num_bins=40)
+    x = torch.stack([ellipse_phantom(SIZE, make_generator(i, "phantom"), disk_diameter=0.9) for i in range(num)])
+    y = operator(x)
+    if noise:
+        y, std = RelativeGaussianNoise(noise).sample(y, make_generators(0, [str(i) for i in range(num)]))
+        operator = operator._shallow_copy()
+        operator.noise_std = std
+    return x, y, operator
+
+
+def make_em(**changes) -> ExpectationMaximisation:
+    settings = dict(rounds=2, steps=3, learning_rate=2e-3, num_pixels=256)
+    return ExpectationMaximisation(expectation=ProximalDiffusion(num_levels=3, sigma_max=0.05), **(settings | changes))
+
+
+SAMPLER = ProximalDiffusion(num_levels=4)
+
+
+def run(em, y, operator, prior, names="abc", **options):
+    generators = make_generators(0, list(names)[: len(y)])
+    return em(y, operator, prior, SAMPLER, generators, **options)
+
+
+@pytest.mark.parametrize("kind", ["patch", "whole"])
+def test_a_rate_of_zero_gives_the_unadapted_result_bit_for_bit(kind: str) -> None:
+    _, y, operator = make_cases()
+    prior = make_prior(kind)
+    adapted, (trace,) = run(make_em(learning_rate=0.0), y, operator, prior)
+    assert torch.equal(adapted.mean, SAMPLER(y, operator, prior, generators=make_generators(0, ["a"])).mean)
+    assert all(value == 0 for value in trace.movement.values())
+
+
+@pytest.mark.parametrize("kind", ["patch", "whole"])
+def test_a_prior_that_knows_nothing_learns_from_one_measurement(kind: str) -> None:
+    # 24 phantoms' worth of steps: an untrained denoiser, told nothing but the sinogram, gains decibels on its image.
+    x, y, operator = make_cases()
+    prior = make_prior(kind)
+    em = make_em(rounds=4, steps=25, num_pixels=1024)
+    estimate, (trace,) = run(em, y, operator, prior)
+    before = SAMPLER(y, operator, prior, generators=make_generators(0, ["a"])).mean
+    gain = 10 * torch.log10((before - x).square().mean() / (estimate.mean - x).square().mean())
+    assert gain > 0.5
+    assert trace.stopped_at == 4 and len(trace.steps) == 5
+    assert max(trace.movement.values()) > 0
+
+
+def test_the_prior_is_left_as_it_was_also_by_an_exception() -> None:
+    _, y, operator = make_cases()
+    prior = make_prior()
+    before = {name: value.clone() for name, value in prior.state_dict().items()}
+    run(make_em(), y, operator, prior)
+
+    class Interrupts(ProximalDiffusion):
+        def __call__(self, *args, **options):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ExpectationMaximisation(rounds=1, steps=2, num_pixels=256, expectation=Interrupts())(
+            y, operator, prior, SAMPLER, make_generators(0, ["a"])
+        )
+    assert all(torch.equal(value, before[name]) for name, value in prior.state_dict().items())
+    assert all(parameter.grad is None for parameter in prior.parameters())
+
+
+def test_cases_do_not_know_their_batch() -> None:
+    _, y, operator = make_cases(3, noise=0.01)
+    prior, em = make_prior(), make_em()
+    together, traces = run(em, y, operator, prior)
+    order = [2, 0, 1]
+    shuffled = operator._shallow_copy()
+    shuffled.noise_std = operator.noise_std[order]
+    permuted, _ = em(y[order], shuffled, prior, SAMPLER, make_generators(0, ["c", "a", "b"]))
+    assert torch.equal(permuted.mean, together.mean[order])
+    assert traces[0].steps[-1].data_loss != traces[1].steps[-1].data_loss
+
+
+def test_a_pool_shares_one_adapter() -> None:
+    _, y, operator = make_cases(3)
+    _, traces = run(make_em(), y, operator, make_prior(), pool=True)
+    assert traces[0] is traces[2]
+    _, alone = run(make_em(), y, operator, make_prior())
+    assert alone[0].movement != traces[0].movement
+
+
+def test_held_out_views_choose_the_round_and_are_never_seen() -> None:
+    _, y, operator = make_cases()
+    em = make_em(rounds=6, learning_rate=10.0, held_out=HeldOutViews(0.1, patience=2))  # a rate that can only ruin
+    prior = make_prior()
+    estimate, (trace,) = run(em, y, operator, prior)
+    losses = [step.held_out_loss for step in trace.steps]
+    assert trace.stopped_at == losses.index(min(losses)) < len(losses) - 1
+    if trace.stopped_at == 0:
+        assert torch.equal(estimate.mean, SAMPLER(y, operator, prior, generators=make_generators(0, ["a"])).mean)
+
+    # Whatever the held-out views hold, nothing that the rounds make depends on it.
+    from invrecon.adapt.base import private_generator
+
+    unseen = em.held_out.mask(0, operator, private_generator(make_generators(0, ["a"]), "views"))
+    other = y.clone()
+    other[..., unseen, :] += 1.0
+    images = [run(em, v, operator, prior)[1][0].steps[1].image for v in (y, other)]
+    assert torch.equal(*images)
+
+
+def test_only_what_is_asked_for_moves() -> None:
+    _, y, operator = make_cases()
+    _, (trace,) = run(make_em(trainable=LoRA(rank=2, layers="bottleneck")), y, operator, make_prior())
+    assert {name.split(".")[0] for name, moved in trace.movement.items() if moved} == {"bottleneck"}
+
+
+def test_a_second_run_gives_the_same_numbers() -> None:
+    _, y, operator = make_cases(noise=0.02)
+    first, second = (run(make_em(), y, operator, make_prior())[0].mean for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_what_cannot_be_learned_from_is_refused() -> None:
+    _, y, operator = make_cases()
+    with pytest.raises(InputError, match="GaussianPrior"):
+        run(make_em(), y, operator, GaussianPrior(torch.zeros(1, 2, 2), torch.eye(4)))
+    with pytest.raises(InputError, match="sigma_min < sigma_max"):
+        make_em(sigma_min=0.2)
+    with pytest.raises(InputError, match="diverged"):
+        run(make_em(learning_rate=1e30), y, operator, make_prior())
+
+
+def test_a_prior_that_suits_is_not_adapted() -> None:
+    x, y, operator = make_cases()
+    mean, covariance = x[0], 1e-4 * torch.eye(x[0].numel())
+    known = GaussianPrior(mean, covariance)  # a prior that knows this very image
+    verdict = SuitabilityTest()(y, operator, known, SAMPLER, make_generators(0, ["a"]))
+    assert verdict.suited and verdict.ratio < 0.5
+    strange = GaussianPrior(1 - mean, covariance)  # sure of its negative
+    assert not SuitabilityTest()(y, operator, strange, SAMPLER, make_generators(0, ["a"])).suited
+
+    class Never(ExpectationMaximisation):
+        def adapt(self, *args):
+            raise AssertionError("adapted")
+
+    estimate, (trace,) = Never()(y, operator, known, SAMPLER, make_generators(0, ["a"]), suitability=SuitabilityTest())
+    assert "suits" in trace.reason and "in distribution" in trace.verdict
+    assert torch.equal(estimate.mean, SAMPLER(y, operator, known, generators=make_generators(0, ["a"])).mean)
