@@ -3,7 +3,7 @@
 #   make TORCH=torch==2.12.1 setup         another torch (only for a .venv without one)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup test demo lint format bench data clean distclean
+.PHONY: help setup test demo lint format bench claims data clean distclean
 
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
@@ -51,6 +51,9 @@ bench: setup $(VENV)/.stamp-bench-$(HASH)  ## run every benchmark of benchmarks/
 	@mkdir -p outputs/bench; status=0; for path in benchmarks/[a-z]*.py; do \
 		name=$$(basename $$path .py); echo "== $$name"; \
 		$(PY) -m benchmarks.$$name --json outputs/bench/$$name.json $(ARGS) || status=1; done; exit $$status
+
+claims: setup  ## put every published claim to the test: tables and verdicts in benchmarks/claims (hours; goes on)
+	$(PY) -m benchmarks.claims $(ARGS)
 
 data: setup  ## make the sample data of data/ again, from its public source
 	$(PY) scripts/make_sample_data.py $(ARGS)

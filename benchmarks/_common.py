@@ -17,16 +17,19 @@ from typing import Any
 
 import torch
 
+from invrecon.adapt import Adaptation, SuitabilityTest
 from invrecon.data.cases import CaseBatch
 from invrecon.data.reconstruction import ReconstructionData
 from invrecon.errors import InputError
 from invrecon.files import sha256, write_json
 from invrecon.methods import Method
+from invrecon.metrics.image import psnr
 from invrecon.metrics.summary import format_entry, heading, summarise
 from invrecon.operators import NoiseModel, NoNoise, ParallelBeamCT, RelativeGaussianNoise, TransmissionPoisson
 from invrecon.report.provenance import fingerprint
 from invrecon.shared import find_shared
-from invrecon.tasks.reconstruction import Reconstruction
+from invrecon.tasks.adaptation import TestTimeAdaptation
+from invrecon.tasks.reconstruction import Reconstruction, Result
 
 HELD_OUT = "ct/heldout/4DLung-113_HM10395.h5"
 NATIVE = "ct/heldout/4DLung-113_native512_7slices.h5"
@@ -183,13 +186,22 @@ class Bench:
         return ParallelBeamCT(self.size, setting.num_views, num_bins=2 * self.size)
 
     def task(
-        self, setting: Setting, method: Method, prior: str | None = None, precision: str | None = None
+        self,
+        setting: Setting,
+        method: Method,
+        prior: str | None = None,
+        precision: str | None = None,
+        adaptation: Adaptation | None = None,
+        suitability: SuitabilityTest | None = None,
     ) -> Reconstruction:
         """Returns the task that measures and reconstructs; matrix and norm are made here, outside of any timing."""
         prior = prior if method.needs_prior else None
         operator = self.operator(setting)
         operator.norm()
-        return Reconstruction(operator, method, setting.noise, prior, precision or self.precision, self.seed)
+        shared = (setting.noise, prior, precision or self.precision, self.seed)
+        if adaptation is None:
+            return Reconstruction(operator, method, *shared)
+        return TestTimeAdaptation(operator, method, adaptation, *shared, suitability=suitability)
 
     def identity(self, setting: Setting, method: Method, prior: str | None, source: str, **more: Any) -> str:
         """Returns the fingerprint of all that decides a row, its time included."""
@@ -205,26 +217,85 @@ class Bench:
         }
         return fingerprint(settings, weights_hash(prior) if method.needs_prior else None, [_hash(source)])
 
-    @torch.no_grad()
-    def rows(self, setting: Setting, label: str, method: Method, prior: str | None, batch: CaseBatch) -> list[Row]:
-        """Returns a row a slice, from the record or by reconstructing the batch."""
-        identity = self.identity(setting, method, prior, batch.source[0], batch_size=len(batch))
-        keys = [f"{setting.name}/{label}/{case}" for case in batch.id]
+    def _locate(
+        self,
+        setting: Setting,
+        label: str,
+        method: Method,
+        prior: str | None,
+        batch: CaseBatch,
+        adaptation: Adaptation | None,
+        suitability: SuitabilityTest | None,
+    ) -> tuple[list[str], str]:
+        """Returns the names of a batch's rows in the record, and their fingerprint."""
+        adapts = {} if adaptation is None else {"adaptation": plain(adaptation), "suitability": plain(suitability)}
+        identity = self.identity(setting, method, prior, batch.source[0], batch_size=len(batch), **adapts)
+        return [f"{setting.name}/{label}/{case}" for case in batch.id], identity
+
+    def find(
+        self,
+        setting: Setting,
+        label: str,
+        method: Method,
+        prior: str | None,
+        batch: CaseBatch,
+        adaptation: Adaptation | None = None,
+        suitability: SuitabilityTest | None = None,
+    ) -> list[Row] | None:
+        """Returns a row a slice if the record has all of them."""
+        keys, identity = self._locate(setting, label, method, prior, batch, adaptation, suitability)
         found = [row for key in keys if (row := self.record.find(key, identity)) is not None]
-        if len(found) == len(keys):
+        return found if len(found) == len(keys) else None
+
+    @torch.no_grad()
+    def rows(
+        self,
+        setting: Setting,
+        label: str,
+        method: Method,
+        prior: str | None,
+        batch: CaseBatch,
+        adaptation: Adaptation | None = None,
+        suitability: SuitabilityTest | None = None,
+    ) -> list[Row]:
+        """Returns a row a slice, from the record or by reconstructing the batch."""
+        found = self.find(setting, label, method, prior, batch, adaptation, suitability)
+        if found is not None:
             return found
-        result = self.task(setting, method, prior).reconstruct(batch)
+        task = self.task(setting, method, prior, adaptation=adaptation, suitability=suitability)
+        result = task.reconstruct(batch)
         stats = result.estimate.stats
         solver = {k: v for k in ("num_iterations", "relative_gap") if isinstance(v := stats.get(k), list)}
         rows = [
             {**row, "setting": setting.name, "method": label, **{name: values[b] for name, values in solver.items()}}
             for b, row in enumerate(result.rows)
         ]
+        rows = [row | trace for row, trace in zip(rows, trace_columns(result), strict=True)]
+        keys, identity = self._locate(setting, label, method, prior, batch, adaptation, suitability)
         self.record.add(dict(zip(keys, rows, strict=True)), identity)
-        psnr, seconds = statistics.fmean(row["psnr"] for row in rows), rows[0]["seconds"]
+        mean, seconds = statistics.fmean(row["psnr"] for row in rows), rows[0]["seconds"]
         indices = ", ".join(map(str, batch.index))
-        progress(f"{setting.title}, {label}, slices {indices}: {psnr:.2f} dB, {seconds:.2f} s a slice")
+        progress(f"{setting.title}, {label}, slices {indices}: {mean:.2f} dB, {seconds:.2f} s a slice")
         return rows
+
+
+def trace_columns(result: Result) -> list[Row]:
+    """Returns how good each case's adaptation was at each step: PSNR of its estimates and loss on held-out views."""
+    if result.traces is None:
+        return [{} for _ in result.rows]
+    assert result.reference is not None
+    return [
+        {
+            "psnr_trace": [
+                None if step.image is None else psnr(step.image[None], result.reference[b : b + 1]).item()
+                for step in trace.steps
+            ],
+            "held_out_trace": [step.held_out_loss for step in trace.steps],
+            "stopped_step": trace.stopped_at,
+            "reason": trace.reason,
+        }
+        for b, trace in enumerate(result.traces)
+    ]
 
 
 @cache
@@ -236,7 +307,9 @@ def weights_hash(prior: str | None) -> str:
     """
     path = find_shared(prior or "", "checkpoints", ".safetensors")
     if prior is None or not path.is_file():
-        raise InputError(f"There is no prior '{prior}': train it, or name a prior file by --prior or --whole.")
+        raise InputError(
+            f"There is no prior '{prior}': train it, or name a prior file by --prior, --whole or --priors."
+        )
     return _hash(path)
 
 

@@ -26,6 +26,13 @@ def arguments(command: str, library: Path, folder: Path, *more: str) -> list[str
     return reconstruct(command, "recon_ct.yaml", library / "scans", folder / "out", *more)
 
 
+def adaptation(library: Path, folder: Path) -> list[str]:
+    """The same slices, each with a prior that is adapted to it."""
+    more = (f"--model.prior={library}/patch.safetensors", "--data.batch_size=2", "--model.num_figures=0")
+    tiny = ("--model.method.num_levels=2", "--model.adaptation.rounds=1", "--model.adaptation.steps=2")
+    return reconstruct("predict", "tta_ct.yaml", library / "scans", folder / "out", *more, *tiny)
+
+
 def rows_of(folder: Path) -> list[dict[str, str]]:
     with open(folder / "out" / "metrics.csv") as file:
         return [{k: v for k, v in row.items() if k not in MEASURED} for row in csv.DictReader(file)]
@@ -36,11 +43,13 @@ def runs(library: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, P
     """Folders of `test` and `predict` on 1, 2 and 3 ranks, and of a `predict` of one slice on 3."""
     root = tmp_path_factory.mktemp("ranks")
     folders = {(c, n): root / f"{c}{n}" for c in ("test", "predict") for n in (1, 2, 3)} | {"few": root / "few"}
+    folders |= {("adapt", n): root / f"adapt{n}" for n in (1, 3)}
     for folder in folders.values():
         folder.mkdir()
     jobs = [(n, arguments(c, library, folders[c, n])) for c in ("test", "predict") for n in (1, 2, 3)]
     few = (f"--data.paths={library}/scans/a.h5", "--data.slices=1")
     jobs += [(3, arguments("predict", library, folders["few"], *few))]
+    jobs += [(n, adaptation(library, folders["adapt", n])) for n in (1, 3)]
     result = process(ROOT / "tests" / "cli" / "ranks.py", json.dumps(jobs), cwd=root)
     assert result.returncode == 0, result.stderr
     return folders
@@ -60,6 +69,15 @@ def test_every_slice_once_with_the_same_numbers(runs: dict[Any, Path], command: 
     if command == "predict":
         for name in ("a.h5", "b.h5", "c.h5"):
             assert (read(several / "out" / name) == read(one / "out" / name)).all()
+
+
+def test_adapters_do_not_know_their_rank(runs: dict[Any, Path]) -> None:
+    one, several = runs["adapt", 1], runs["adapt", 3]
+    assert rows_of(several) == rows_of(one)
+    traces = [json.loads((folder / "out" / "adaptation.json").read_text()) for folder in (one, several)]
+    assert traces[0] == traces[1]
+    for name in ("a.h5", "b.h5", "c.h5"):
+        assert (read(several / "out" / name) == read(one / "out" / name)).all()
 
 
 def test_more_ranks_than_slices(runs: dict[Any, Path]) -> None:

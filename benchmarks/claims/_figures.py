@@ -1,0 +1,121 @@
+"""The figure of the rounds of expectation maximisation: image quality and held-out loss, and where to stop."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks._common import Row
+from invrecon.files import atomic_write
+from invrecon.report.sheet import ACCENT, BACKGROUND, DPI, MUTED, TEXT
+
+GRID, LOSS = "#262b34", "#8fd0ff"
+
+
+def filled(traces: Sequence[Sequence[float]]) -> np.ndarray:
+    """Returns traces as an array; one that ended goes on with its last value."""
+    longest = max(map(len, traces))
+    return np.array([[*trace, *[trace[-1]] * (longest - len(trace))] for trace in traces])
+
+
+def rounds_figure(path: str | os.PathLike[str], settings: Mapping[str, Sequence[Row]]) -> Path:
+    """Draws, for each setting, PSNR and held-out loss against rounds: means over slices, and their rounds to stop at.
+
+    Args:
+        path: PNG, written atomically.
+        settings: Title -> rows with `psnr_trace`, `stopped_step` and, where views were held out, `held_out_trace`.
+
+    Returns:
+        `path`.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(0.7 + 2.9 * len(settings), 4.8), dpi=DPI, facecolor=BACKGROUND, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, len(settings), sharex="col", squeeze=False, height_ratios=(3, 2))
+    for column, (title, rows) in enumerate(settings.items()):
+        top, bottom = axes[:, column]
+        _style(top)
+        _style(bottom)
+        top.set_title(f"{title} ({len(rows)} slice{'s' * (len(rows) != 1)})", color=TEXT, fontsize=8.5)
+        psnr = filled([row["psnr_trace"] for row in rows])
+        mean = psnr.mean(axis=0)
+        top.plot(mean, color=TEXT, linewidth=1.6, label="PSNR, mean")
+        oracle = Counter(int(np.argmax(row["psnr_trace"])) for row in rows)
+        chosen = Counter(max(int(row["stopped_step"]), 0) for row in rows)
+        _mark(
+            top,
+            mean,
+            oracle,
+            len(rows),
+            "best round, by the truth (area: share of slices)",
+            {"facecolor": "none", "edgecolor": TEXT},
+        )
+        _mark(
+            top,
+            mean,
+            chosen,
+            len(rows),
+            "chosen round",
+            {"facecolor": ACCENT, "edgecolor": "none", "alpha": 0.8},
+        )
+        losses = [row["held_out_trace"] for row in rows if None not in row["held_out_trace"]]
+        if losses:
+            logarithm = np.log(np.maximum(filled(losses), 1e-30))
+            bottom.plot(np.exp((logarithm - logarithm[:, :1]).mean(axis=0)), color=LOSS, linewidth=1.6)
+            bottom.set_yscale("log")
+            _plain_ticks(bottom)
+        else:
+            bottom.text(0.5, 0.5, "no views held out", transform=bottom.transAxes, color=MUTED, fontsize=7, ha="center")
+        bottom.set_xlabel("round", color=MUTED, fontsize=7.5)
+        bottom.set_xlim(-0.4, psnr.shape[1] - 0.6)
+        bottom.xaxis.get_major_locator().set_params(integer=True)
+        if column == 0:
+            top.set_ylabel("PSNR of the round's estimate [dB]", color=MUTED, fontsize=7.5)
+            bottom.set_ylabel("held-out loss, of round 0", color=MUTED, fontsize=7.5)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    style = {"fontsize": 7, "labelcolor": TEXT, "frameon": False, "ncols": len(labels) if len(settings) > 1 else 1}
+    legend = figure.legend(handles, labels, loc="outside lower center", **style)
+    for handle in legend.legend_handles[1:]:
+        handle.set_sizes([24])
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", facecolor=BACKGROUND, metadata={"Software": "invrecon"})
+    with atomic_write(path) as file:
+        file.write(buffer.getvalue())
+    return Path(path)
+
+
+def _mark(axes: Any, curve: np.ndarray, counts: Counter[int], total: int, label: str, style: dict[str, Any]) -> None:
+    """Draws a disk on the curve at every round that some slice stops at, its area the share of slices."""
+    places = sorted(counts)
+    sizes = [20 + 160 * counts[place] / total for place in places]
+    axes.scatter(places, curve[places], sizes, linewidth=0.9, zorder=3, label=label, **style)
+
+
+def _plain_ticks(axes: Any) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
+
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7) if high < 30 * low else (1,)))
+    if high < 1.6 * low:
+        axes.set_yscale("linear")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+
+
+def _style(axes: Any) -> None:
+    axes.set_facecolor(BACKGROUND)
+    axes.grid(color=GRID, linewidth=0.5)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=MUTED, labelsize=7, length=2, width=0.5)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(MUTED)
+        spine.set_linewidth(0.5)

@@ -1,0 +1,338 @@
+"""Table (g): a prior that has seen nothing but ellipses, adapted to one measurement of real anatomy.
+
+The published tables compare adapted with unadapted priors under different data steps and lack two controls: the CG data
+step without adaptation, and the in-distribution prior. Here every published recipe runs under its own sampler and under
+ours, each with its control, next to expectation maximisation on the one measurement; `_recipes.recipes` lists the rows.
+Work goes from cheap to expensive: what needs no adaptation, then EM, then the published recipes on a few slices. The
+report is written after each setting, of all rows that the record holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import _common
+from benchmarks._common import HELD_OUT, SETTINGS, Bench, Row, Setting
+from benchmarks.claims._figures import rounds_figure
+from benchmarks.claims._recipes import CHEAP, EM, PUBLISHED, Recipe, recipes
+from benchmarks.claims._verdicts import Verdict, cell, decide, difference, gap_share, interval, ratio
+from invrecon.data.cases import CaseBatch
+from invrecon.data.intensity import Intensity
+from invrecon.errors import InputError
+from invrecon.files import atomic_write
+from invrecon.metrics.summary import describe, summarise
+from invrecon.shared import find_shared
+
+TITLE = "Test-time adaptation of a prior of ellipses"
+SEVERAL, MOST, LOST, COSTLY = 2.0, 0.5, 0.3, 15.0  # [dB], share, [dB], times the unadapted reconstruction
+CLOSED = {20: 0.6, 60: 0.8}  # share of the gap that EM is to close, by the number of views
+FIGURE = ("fbp", "tv", "patch", "patch-em", "patch-ct")
+FIGURE_SETTING = "20-clean"
+Table = Mapping[str, Sequence[Row]]  # key of a recipe -> its rows, of one setting
+
+
+class Run:
+    """The rows of one record.
+
+    Args:
+        options: As of `benchmarks.claims`.
+        path: The record; report and figures are written beside it.
+
+    Raises:
+        InputError: A row that there is not, or a prior that is missing.
+    """
+
+    def __init__(self, options: argparse.Namespace, path: Path) -> None:
+        self.options, self.recipes = options, recipes()
+        self.chosen = options.rows or list(self.recipes)
+        if unknown := set(self.chosen) - self.recipes.keys():
+            raise InputError(
+                f"There is no row {', '.join(sorted(unknown))}, expected some of {', '.join(self.recipes)}."
+            )
+        for key in self.chosen:
+            if (prior := self.prior(self.recipes[key])) is not None:
+                _common.weights_hash(prior)  # a missing prior is noticed now, not after an hour
+        self.together = _common.load_batches(HELD_OUT, options.slices, options.size, options.batch_size)
+        self.singles = _common.load_batches(HELD_OUT, options.slices, options.size, 1)
+        record = _common.start(argparse.Namespace(**{**vars(options), "json": path}), "claims-g")
+        self.bench = Bench(record, options.size)
+        self.path = path
+        self.failures: dict[str, str] = {}
+
+    def prior(self, recipe: Recipe) -> str | None:
+        """Returns the recipe's prior file, or the name of a shipped one."""
+        return None if recipe.prior is None else self.options.priors[recipe.prior]
+
+    def batches(self, recipe: Recipe) -> list[CaseBatch]:
+        """Returns the slices in batches; alone where each takes minutes, so that little is lost."""
+        singles = self.singles[:: self.options.few] if recipe.few else self.singles
+        return self.together if recipe.tier == CHEAP else singles
+
+    def measure(self, setting: Setting, tier: int) -> bool:
+        """Computes the chosen rows of a tier, slice by slice; returns whether any of them is new."""
+        new = False
+        keys = [key for key in self.chosen if self.recipes[key].tier == tier]
+        for batch in self.together if tier == CHEAP else self.singles:
+            for key in keys:
+                recipe = self.recipes[key]
+                if not any(batch is own for own in self.batches(recipe)):
+                    continue
+                row = (setting, key, recipe.method, self.prior(recipe), batch, recipe.adaptation)
+                if self.bench.find(*row) is not None:
+                    continue
+                new = True
+                try:
+                    self.bench.rows(*row)
+                except InputError as error:  # one that diverged does not end the run
+                    self.failures[f"{setting.title}, {recipe.title}, {batch.id[0]}"] = str(error)
+                    _common.progress(str(error))
+        return new
+
+    def table(self, setting: Setting) -> dict[str, list[Row]]:
+        """Returns all rows of a setting that the record holds, chosen now or not."""
+        rows: dict[str, list[Row]] = {}
+        for key, recipe in self.recipes.items():
+            prior = self.prior(recipe)
+            if prior is not None and not find_shared(prior, "checkpoints", ".safetensors").is_file():
+                continue
+            # An earlier run may have done more slices than `few` says.
+            batches = self.together if recipe.tier == CHEAP else self.singles
+            found = [self.bench.find(setting, key, recipe.method, prior, b, recipe.adaptation) for b in batches]
+            rows[key] = [row for part in found for row in part or ()]
+        return {key: own for key, own in rows.items() if own}
+
+    @torch.no_grad()
+    def draw(self) -> None:
+        """Draws one slice by the rows of `FIGURE`; not again unless something has changed."""
+        from invrecon.report.figures import comparison_figure
+
+        setting, options, path = SETTINGS[FIGURE_SETTING], self.options, self._beside(".png")
+        (batch,) = _common.load_batches(HELD_OUT, str(options.figure_slice), options.size, 1)
+        own = [self.recipes[key] for key in FIGURE]
+        settings = {r.title: [_common.plain(r.method), _common.plain(r.adaptation), self._weights(r)] for r in own}
+        identity = self.bench.identity(setting, own[0].method, None, batch.source[0], figure=settings, case=batch.id)
+        if path.is_file() and self.bench.record.find("figure", identity) is not None:
+            return
+        images, decode = {}, Intensity().decode
+        for recipe in own:
+            task = self.bench.task(setting, recipe.method, self.prior(recipe), adaptation=recipe.adaptation)
+            result = task.reconstruct(batch)
+            images[recipe.title], reference = decode(result.estimate.mean[0]), result.reference
+        assert reference is not None
+        voxel_mm = batch.voxel_mm[0]
+        titled = {setting.title: images}
+        comparison_figure(path, titled, decode(reference[0]), title=TITLE, subtitle=batch.id[0], voxel_mm=voxel_mm)
+        self.bench.record.add({"figure": {"case": batch.id[0]}}, identity)
+
+    def _weights(self, recipe: Recipe) -> str | None:
+        prior = self.prior(recipe)
+        return None if prior is None else _common.weights_hash(prior)
+
+    def report(self) -> None:
+        """Writes what the record holds: summaries into the JSON, tables and verdicts as text, the figure of rounds."""
+        tables = {name: table for name, s in SETTINGS.items() if not s.native and (table := self.table(s))}
+        findings = {name: find(table, self.recipes, SETTINGS[name].num_views) for name, table in tables.items()}
+        plain = {
+            name: {**found, "verdicts": [vars(verdict) for verdict in found["verdicts"]]}
+            for name, found in findings.items()
+        }
+        self.bench.record.save(settings=plain, failures=self.failures)
+        curves = {SETTINGS[name].title: rows for name, table in tables.items() if (rows := stopped(table, "patch-em"))}
+        if curves:
+            rounds_figure(self._beside("_rounds.png"), curves)
+        text = "\n".join(self._text(tables, findings))
+        with atomic_write(self._beside(".md")) as file:
+            file.write(text.encode())
+
+    def _beside(self, ending: str) -> Path:
+        return self.path.with_name(self.path.stem + ending)
+
+    def _text(self, tables: Mapping[str, Table], findings: Mapping[str, dict[str, Any]]) -> Iterator[str]:
+        yield f"# ({self.path.stem}) {TITLE}\n"
+        dps = self.recipes["patch-dps"].method.schedule  # type: ignore[attr-defined]
+        machine = _common.describe_machine(self.bench.record.machine)
+        yield INTRODUCTION.format(machine=machine, dps=len(dps))
+        outcomes: dict[str, dict[str, str]] = {}
+        for name, found in findings.items():
+            for verdict in found["verdicts"]:
+                outcomes.setdefault(verdict.claim, {})[name] = verdict.outcome
+        yield "## Verdicts\n"
+        header = ["Claim", *(SETTINGS[name].title for name in findings)]
+        yield _common.markdown(header, ([claim, *own.values()] for claim, own in outcomes.items())) + "\n"
+        for ending, what in ((".png", "One slice and its errors"), ("_rounds.png", "Rounds of EM")):
+            if self._beside(ending).is_file():
+                yield f"![{what}]({self._beside(ending).name})\n"
+        for name, table in tables.items():
+            yield from describe_setting(SETTINGS[name], table, self.recipes, findings[name])
+        if self.failures:
+            yield "## What failed\n"
+            yield from (f"- {where}: {why}" for where, why in self.failures.items())
+
+
+INTRODUCTION = """\
+Rows use priors of random ellipses and our sampler (`tta_ct.yaml`) unless they say otherwise: *in distribution* is a
+prior of chest CT; *own sampler* is that of the recipe's configuration (`patch_ss_ct.yaml`, `whole_ss_ct.yaml`,
+`scd_ct.yaml`, `ddip_ct.yaml`), and *...'s sampler* is the same without adaptation. *SS* is the published
+self-supervision, *EM* expectation maximisation on the one measurement. *DPS* is PaDIS's data step and transition with
+{dps} evaluations from the start of our sampler, where 1000 from white noise were published: a converged one may be
+better, and what is gained over it less. Recipes with few slices are too expensive for all; differences are paired over
+the slices that both rows have. A claim *holds* or *does not hold* if the whole 95 % interval is on one side of its
+limit, and is *undecided* otherwise.
+
+*x unadapted* is the time in units of the same prior's reconstruction by our sampler, in batches.
+Measured on {machine}.
+"""
+
+
+def stopped(table: Table, key: str) -> Sequence[Row]:
+    """Returns the rows of an EM that views held out stop, or of the plain one where there are none."""
+    return table.get(f"{key}-stop") or table.get(key) or []
+
+
+def base(recipe: Recipe) -> str | None:
+    """Returns the key of the unadapted reconstruction by our sampler with the recipe's prior."""
+    return None if recipe.prior is None else recipe.prior.replace("_", "-").removesuffix("-ellipses")
+
+
+def list_pairs(recipes: Mapping[str, Recipe]) -> Iterator[tuple[str, str, str]]:
+    """Yields (group, a, b) for every difference a - b of the report."""
+    for key, recipe in recipes.items():
+        if recipe.control is not None:
+            yield "adapted - unadapted", key, recipe.control
+    for key in recipes:
+        if key.startswith("patch") and (other := key.replace("patch", "whole", 1)) in recipes:
+            yield "patch - whole", key, other
+    for key in recipes:
+        if key.startswith(("patch-ct", "whole-ct")) and (other := key.replace("-ct", "", 1)) in recipes:
+            yield "in distribution - ellipses", key, other
+    for kind in ("patch", "whole"):
+        yield "CG - DPS, unadapted", kind, f"{kind}-dps"
+        yield "CG - DPS, unadapted", f"{kind}-ss-off", f"{kind}-dps"
+    for key in recipes:
+        if key not in ("fbp", "tv"):
+            yield "row - TV", key, "tv"
+
+
+def find(table: Table, recipes: Mapping[str, Recipe], num_views: int) -> dict[str, Any]:
+    """Returns all that is made of a setting's rows: summaries, differences, shares of the gap, costs and verdicts."""
+    differences = [
+        {"group": group, "a": a, "b": b, **entry}
+        for group, a, b in list_pairs(recipes)
+        if (entry := difference(table.get(a), table.get(b))) is not None
+    ]
+    shares, costs = {}, {}
+    for key, recipe in recipes.items():
+        if (own := base(recipe)) is None or key == own or not table.get(key):
+            continue
+        if (cost := ratio(table[key], table.get(own))) is not None:
+            costs[key] = cost
+        if recipe.prior is not None and recipe.prior.endswith("ellipses"):
+            share = gap_share(table.get(own), table[key], table.get(f"{own}-ct"))
+            if share is not None:
+                shares[key] = share
+    return {
+        "summaries": {key: {**summarise(rows), "median_seconds": _common.median_seconds(rows)}
+                      for key, rows in table.items()},
+        "differences": differences,
+        "shares": shares,
+        "costs": costs,
+        "verdicts": list(judge_claims(table, recipes, num_views)),
+    }  # fmt: skip
+
+
+def judge_claims(table: Table, recipes: Mapping[str, Recipe], num_views: int) -> Iterator[Verdict]:
+    """Yields a verdict on every claim, those of the publications first."""
+
+    def minus(a: str, b: str) -> dict[str, Any] | None:
+        return difference(table.get(a), table.get(b))
+
+    for kind in ("patch", "whole"):
+        several = f"Self-supervision improves the {kind} prior of ellipses by several dB"
+        own = f"{kind}-ss-own"
+        yield decide(f"{several}, over DPS (as published)", minus(own, f"{kind}-dps"), SEVERAL)
+        yield decide(f"{several}, over its own sampler", minus(own, f"{kind}-ss-off"), SEVERAL)
+        yield decide(f"{several}, under our sampler", minus(f"{kind}-ss", kind), SEVERAL)
+    for kind in ("patch", "whole"):
+        explained = gap_share(table.get(f"{kind}-dps"), table.get(f"{kind}-ss-off"), table.get(f"{kind}-ss-own"))
+        claim = f"The CG data step alone explains most of the published gain ({kind})"
+        yield decide(claim, explained, MOST, "%")
+    beats = "beats whole-image prior"
+    yield decide(f"Patch prior + SS {beats} + SS, own samplers", minus("patch-ss-own", "whole-ss-own"), 0)
+    yield decide(f"Patch prior + SS {beats} + SS, our sampler", minus("patch-ss", "whole-ss"), 0)
+    yield decide(f"Patch prior + EM {beats} + EM", minus("patch-em", "whole-em"), 0)
+    adapted = ("patch-ss-own", "whole-ss-own", "scd-own", "ddip-own", "patch-ss", "patch-em", "whole-em")
+    for key in adapted:
+        yield decide(f"Adapted ellipses beat TV: {recipes[key].title}", minus(key, "tv"), 0)
+    for key in ("patch-ss-own", "patch-em"):
+        claim = f"Adaptation reaches the in-distribution prior: {recipes[key].title}"
+        yield decide(claim, minus(key, "patch-ct"), 0)
+    closed = gap_share(table.get("patch"), table.get("patch-em"), table.get("patch-ct"))
+    share = CLOSED[num_views]
+    yield decide(f"EM closes at least {100 * share:.0f} % of the gap to the in-distribution prior", closed, share, "%")
+    loss = interval(stopped(table, "patch-em"), stopping_loss)
+    yield decide(f"Stopping without the truth loses at most {LOST} dB", loss, LOST, at_least=False)
+    yield decide("EM improves the in-distribution prior", minus("patch-ct-em", "patch-ct"), 0)
+    cost = difference(stopped(table, "patch-ct-em"), table.get("patch-ct"))
+    yield decide("EM with that stop costs the in-distribution prior at most 0.1 dB", cost, -0.1)
+    times = ratio(table.get("patch-em"), table.get("patch"))
+    yield decide(f"EM takes at most {COSTLY:.0f} times the unadapted time", times, COSTLY, "x", at_least=False)
+
+
+def stopping_loss(row: Row) -> float | None:
+    """Returns what the chosen step lost against the best one: PSNR of the steps' own estimates, in [dB]."""
+    trace, step = row.get("psnr_trace"), row.get("stopped_step", -1)
+    if not trace or None in trace or step < 0:
+        return None
+    return max(trace) - trace[step]
+
+
+def describe_setting(
+    setting: Setting, table: Table, recipes: Mapping[str, Recipe], found: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yields the Markdown of a setting: rows, differences, and the numbers behind its verdicts."""
+    yield f"## {setting.title}\n"
+    lines = []
+    for key, rows in table.items():
+        evaluations = found["summaries"][key].get("num_evaluations", {}).get("mean")
+        lines.append((
+            recipes[key].title, *_common.metric_cells(rows), cell(found["costs"].get(key), "x").split()[0],
+            "-" if evaluations is None else f"{evaluations:.0f}",
+            cell(found["shares"].get(key), "%"), len(rows),
+        ))  # fmt: skip
+    header = ["", *_common.METRIC_HEADINGS, "x unadapted", "Evaluations", "Share of the gap closed", "Slices"]
+    yield _common.markdown(header, lines) + "\n"
+    notes = (describe(summary) for summary in found["summaries"].values())
+    yield "\n".join(f"{note}  " for note in dict.fromkeys(notes)) + "\n"
+    pairs = [
+        (entry["group"], f"({recipes[entry['a']].title}) - ({recipes[entry['b']].title})", cell(entry),
+         entry["num_cases"])
+        for entry in found["differences"]
+    ]  # fmt: skip
+    if pairs:
+        yield _common.markdown(["Differences in PSNR", "paired", "dB", "Slices"], pairs) + "\n"
+    yield _common.markdown(["Claim", "Verdict", "Because"], ((v.claim, v.outcome, v.because)
+                                                            for v in found["verdicts"])) + "\n"  # fmt: skip
+
+
+def run(options: argparse.Namespace, path: Path) -> None:
+    """Computes what is new; the report is written after each setting of each tier, and when the run is interrupted."""
+    claims = Run(options, path)
+    try:
+        for tier, name in product((CHEAP, EM, PUBLISHED), options.settings):
+            if claims.measure(SETTINGS[name], tier):
+                claims.report()
+        if FIGURE_SETTING in options.settings and set(FIGURE) <= set(claims.chosen):
+            claims.draw()
+    finally:
+        claims.report()
+    for name, found in ((n, claims.table(SETTINGS[n])) for n in options.settings):
+        print(f"\n{SETTINGS[name].title}")
+        for verdict in judge_claims(found, claims.recipes, SETTINGS[name].num_views):
+            print(f"  {verdict.claim}: {verdict.outcome}. {verdict.because}")
+    print(f"\nTables and figures: {path.with_suffix('.md')}")
