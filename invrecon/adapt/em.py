@@ -52,8 +52,8 @@ class ExpectationMaximisation(Adaptation):
 
     Args:
         rounds: E- and M-steps.
-        steps: Steps of Adam in a round.
-        learning_rate: Its rate.
+        steps: Steps of Adam in a round; fewer if the prior cannot draw as little as `num_pixels`.
+        learning_rate: Its rate at the start; it falls linearly to zero over the rounds.
         num_pixels: Pixels a step.
         sigma_min: Lowest noise level that is learned, log-uniformly.
         sigma_max: Highest.
@@ -65,13 +65,13 @@ class ExpectationMaximisation(Adaptation):
 
     def __init__(
         self,
-        rounds: int = 10,
+        rounds: int = 8,
         steps: int = 40,
-        learning_rate: float = 5e-4,
+        learning_rate: float = 1.5e-3,
         num_pixels: int = 25088,
         sigma_min: float = 0.002,
         sigma_max: float = 0.1,
-        ema: float = 0.98,
+        ema: float = 0.95,
         expectation: Sampler | None = None,
         trainable: Trainable | None = None,
         held_out: HeldOutViews | None = None,
@@ -191,8 +191,11 @@ class ExpectationMaximisation(Adaptation):
         assert isinstance(prior, PatchPrior | WholePrior)
         denoiser = prior.denoiser
         low, high = math.log(self.sigma_min), math.log(self.sigma_max)
-        for _ in range(self.steps):
+        seen, budget = 0, self.steps * self.num_pixels
+        while seen < budget:  # a whole image may be more than a step's pixels: fewer steps, then, of equal cost
             clean, position = prior.draw(x, self.num_pixels, draws)
+            progress = (k - 1 + seen / budget) / self.rounds
+            seen += clean[:, 0].numel()
             n = len(clean)
             # One level from each of n equal bins: the same expectation, less variance.
             quantiles = (torch.randperm(n, generator=draws) + torch.rand(n, generator=draws)) / n
@@ -203,7 +206,9 @@ class ExpectationMaximisation(Adaptation):
                 loss = (denoiser.loss_weight(sigma) * error.mean(dim=(1, 2, 3))).mean()
                 optimiser.zero_grad()
                 loss.backward()
-            weights = optimiser.param_groups[0]["params"]
+            group = optimiser.param_groups[0]
+            weights = group["params"]
+            group["lr"] = self.learning_rate * (1 - progress)
             norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
             if not torch.isfinite(norm):
                 raise InputError(
@@ -214,7 +219,7 @@ class ExpectationMaximisation(Adaptation):
             with torch.no_grad():
                 for average, weight in zip(averages, weights, strict=True):
                     average.lerp_(weight, 1 - self.ema)
-        return self.steps * clean[:, 0].numel() / x[0, 0].numel()
+        return seen / x[0, 0].numel()
 
 
 def _evaluations(estimate: Estimate) -> float:
