@@ -165,6 +165,25 @@ class Record:
             write_json(self.path, {**self.content, "parts": self.parts})
 
 
+@dataclass(frozen=True)
+class Entry:
+    """Who competes: a method, with what it needs.
+
+    Attributes:
+        label: Name of its rows.
+        method: What reconstructs.
+        prior: A prior file, or the name of a shipped one; ignored by methods that need none.
+        adaptation: What adapts the prior; None for nothing.
+        suitability: What decides whether to adapt; None always adapts.
+    """
+
+    label: str
+    method: Method
+    prior: str | None = None
+    adaptation: Adaptation | None = None
+    suitability: SuitabilityTest | None = None
+
+
 @dataclass
 class Bench:
     """Runs methods on settings and keeps their rows.
@@ -185,23 +204,15 @@ class Bench:
         """Returns the PaDIS parallel geometry."""
         return ParallelBeamCT(self.size, setting.num_views, num_bins=2 * self.size)
 
-    def task(
-        self,
-        setting: Setting,
-        method: Method,
-        prior: str | None = None,
-        precision: str | None = None,
-        adaptation: Adaptation | None = None,
-        suitability: SuitabilityTest | None = None,
-    ) -> Reconstruction:
+    def task(self, setting: Setting, entry: Entry, precision: str | None = None) -> Reconstruction:
         """Returns the task that measures and reconstructs; matrix and norm are made here, outside of any timing."""
-        prior = prior if method.needs_prior else None
         operator = self.operator(setting)
         operator.norm()
+        prior = entry.prior if entry.method.needs_prior else None
         shared = (setting.noise, prior, precision or self.precision, self.seed)
-        if adaptation is None:
-            return Reconstruction(operator, method, *shared)
-        return TestTimeAdaptation(operator, method, adaptation, *shared, suitability=suitability)
+        if entry.adaptation is None:
+            return Reconstruction(operator, entry.method, *shared)
+        return TestTimeAdaptation(operator, entry.method, entry.adaptation, *shared, suitability=entry.suitability)
 
     def identity(self, setting: Setting, method: Method, prior: str | None, source: str, **more: Any) -> str:
         """Returns the fingerprint of all that decides a row, its time included."""
@@ -217,65 +228,43 @@ class Bench:
         }
         return fingerprint(settings, weights_hash(prior) if method.needs_prior else None, [_hash(source)])
 
-    def _locate(
-        self,
-        setting: Setting,
-        label: str,
-        method: Method,
-        prior: str | None,
-        batch: CaseBatch,
-        adaptation: Adaptation | None,
-        suitability: SuitabilityTest | None,
-    ) -> tuple[list[str], str]:
+    def locate(self, setting: Setting, entry: Entry, batch: CaseBatch) -> tuple[list[str], str]:
         """Returns the names of a batch's rows in the record, and their fingerprint."""
-        adapts = {} if adaptation is None else {"adaptation": plain(adaptation), "suitability": plain(suitability)}
-        identity = self.identity(setting, method, prior, batch.source[0], batch_size=len(batch), **adapts)
-        return [f"{setting.name}/{label}/{case}" for case in batch.id], identity
+        adapts = {"adaptation": plain(entry.adaptation), "suitability": plain(entry.suitability)}
+        more = {} if entry.adaptation is None else adapts
+        identity = self.identity(setting, entry.method, entry.prior, batch.source[0], batch_size=len(batch), **more)
+        return [f"{setting.name}/{entry.label}/{case}" for case in batch.id], identity
 
-    def find(
-        self,
-        setting: Setting,
-        label: str,
-        method: Method,
-        prior: str | None,
-        batch: CaseBatch,
-        adaptation: Adaptation | None = None,
-        suitability: SuitabilityTest | None = None,
-    ) -> list[Row] | None:
+    def find(self, setting: Setting, entry: Entry, batch: CaseBatch) -> list[Row] | None:
         """Returns a row a slice if the record has all of them."""
-        keys, identity = self._locate(setting, label, method, prior, batch, adaptation, suitability)
+        keys, identity = self.locate(setting, entry, batch)
         found = [row for key in keys if (row := self.record.find(key, identity)) is not None]
         return found if len(found) == len(keys) else None
 
     @torch.no_grad()
-    def rows(
-        self,
-        setting: Setting,
-        label: str,
-        method: Method,
-        prior: str | None,
-        batch: CaseBatch,
-        adaptation: Adaptation | None = None,
-        suitability: SuitabilityTest | None = None,
-    ) -> list[Row]:
+    def rows(self, setting: Setting, entry: Entry, batch: CaseBatch) -> list[Row]:
         """Returns a row a slice, from the record or by reconstructing the batch."""
-        found = self.find(setting, label, method, prior, batch, adaptation, suitability)
+        found = self.find(setting, entry, batch)
         if found is not None:
             return found
-        task = self.task(setting, method, prior, adaptation=adaptation, suitability=suitability)
-        result = task.reconstruct(batch)
+        result = self.task(setting, entry).reconstruct(batch)
         stats = result.estimate.stats
         solver = {k: v for k in ("num_iterations", "relative_gap") if isinstance(v := stats.get(k), list)}
         rows = [
-            {**row, "setting": setting.name, "method": label, **{name: values[b] for name, values in solver.items()}}
+            {
+                **row,
+                "setting": setting.name,
+                "method": entry.label,
+                **{name: values[b] for name, values in solver.items()},
+            }
             for b, row in enumerate(result.rows)
         ]
         rows = [row | trace for row, trace in zip(rows, trace_columns(result), strict=True)]
-        keys, identity = self._locate(setting, label, method, prior, batch, adaptation, suitability)
+        keys, identity = self.locate(setting, entry, batch)
         self.record.add(dict(zip(keys, rows, strict=True)), identity)
         mean, seconds = statistics.fmean(row["psnr"] for row in rows), rows[0]["seconds"]
         indices = ", ".join(map(str, batch.index))
-        progress(f"{setting.title}, {label}, slices {indices}: {mean:.2f} dB, {seconds:.2f} s a slice")
+        progress(f"{setting.title}, {entry.label}, slices {indices}: {mean:.2f} dB, {seconds:.2f} s a slice")
         return rows
 
 

@@ -8,7 +8,7 @@ The last line of a setting is the mean of four posterior samples, at four times 
 from __future__ import annotations
 
 from benchmarks import _common
-from benchmarks._common import FEW_SLICES, HELD_OUT, SETTINGS, Bench, Row
+from benchmarks._common import FEW_SLICES, HELD_OUT, SETTINGS, Bench, Entry, Row
 from invrecon.methods import ProximalDiffusion
 from invrecon.metrics.summary import format_entry, heading, paired_difference, summarise
 
@@ -37,7 +37,7 @@ def main(args: list[str] | None = None) -> None:
         setting, rows = SETTINGS[name], dict[str, list[Row]]()
         for batch in _common.load_batches(HELD_OUT, options.slices, options.size, options.batch_size):
             for label, method in methods.items():
-                rows[label] = rows.get(label, []) + bench.rows(setting, label, method, options.prior, batch)
+                rows[label] = rows.get(label, []) + bench.rows(setting, Entry(label, method, options.prior), batch)
         for label, own in rows.items():
             summary, gain = summarise(own), paired_difference(own, rows[default])
             seconds = _common.median_seconds(own)

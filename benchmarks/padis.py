@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import _common
-from benchmarks._common import FEW_SLICES, HELD_OUT, SETTINGS, Bench, Row
+from benchmarks._common import FEW_SLICES, HELD_OUT, SETTINGS, Bench, Entry, Row
 from invrecon.data.cases import CaseBatch
 from invrecon.methods import Method, PaDISNormalised, PaDISRepo, ProximalDiffusion
 from invrecon.metrics.summary import paired_difference
@@ -30,7 +30,7 @@ OURS, NORMALISED, REPO, REPO_BF16 = "ours", "padis-norm", "padis-repo, float32",
 
 def contestant(bench: Bench, method: Method, prior: str, precision: str, batch: CaseBatch) -> Callable[[], Any]:
     """Returns a reconstruction of the batch, without its measurement."""
-    task = bench.task(SETTINGS["20-clean"], method, prior, precision)
+    task = bench.task(SETTINGS["20-clean"], Entry("timed", method, prior), precision)
     with torch.no_grad():
         y, operator, _ = task.measure(batch)
     assert y is not None
@@ -102,10 +102,10 @@ def main(args: list[str] | None = None) -> None:
     batches = _common.load_batches(HELD_OUT, options.slices, options.size, options.batch_size)
     timing = time_all(bench, options.prior, options.timed, options.repeats, batches)
     setting = SETTINGS["20-clean"]
-    ours = [row for b in batches for row in bench.rows(setting, OURS, ProximalDiffusion(), options.prior, b)]
+    ours = [row for b in batches for row in bench.rows(setting, Entry(OURS, ProximalDiffusion(), options.prior), b)]
     method = PaDISNormalised(num_levels=options.evaluations // NUM_INNER, num_inner=NUM_INNER)
     singles = _common.load_batches(HELD_OUT, options.slices, options.size, 1)
-    published = [row for b in singles for row in bench.rows(setting, NORMALISED, method, options.prior, b)]
+    published = [row for b in singles for row in bench.rows(setting, Entry(NORMALISED, method, options.prior), b)]
     bench.record.save(**report(ours, published, timing, options.evaluations))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks import _common
-from benchmarks._common import HELD_OUT, METRIC_HEADINGS, NATIVE, SETTINGS, TEST_SLICES, Bench, Row, Setting
+from benchmarks._common import HELD_OUT, METRIC_HEADINGS, NATIVE, SETTINGS, TEST_SLICES, Bench, Entry, Row, Setting
 from invrecon.data.cases import CaseBatch
 from invrecon.data.intensity import Intensity
 from invrecon.methods import FBP, Method, ProximalDiffusion, TotalVariation
@@ -50,7 +50,7 @@ def draw(bench: Bench, path: Path, index: int, methods: Sequence[str], priors: d
     for name in ("20-clean", "60-clean"):
         row = images[SETTINGS[name].title] = {}
         for label in methods:
-            result = bench.task(SETTINGS[name], METHODS[label], priors.get(label)).reconstruct(batch)
+            result = bench.task(SETTINGS[name], Entry(label, METHODS[label], priors.get(label))).reconstruct(batch)
             row[label], reference = decode(result.estimate.mean[0]), result.reference
     assert reference is not None
     comparison_figure(path, images, decode(reference[0]), title=batch.id[0], voxel_mm=batch.voxel_mm[0])
@@ -100,7 +100,7 @@ def main(args: list[str] | None = None) -> None:
         setting = SETTINGS[name]
         for batch in setting_batches(setting, options.slices, options.size, options.batch_size):
             for label in options.methods:
-                new = bench.rows(setting, label, METHODS[label], priors.get(label), batch)
+                new = bench.rows(setting, Entry(label, METHODS[label], priors.get(label)), batch)
                 rows[name, label] = rows.get((name, label), []) + new
     bench.record.save(**report(rows, options.only, options.methods))
     if options.figure:

@@ -17,7 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks import _common
-from benchmarks._common import SETTINGS, VALIDATION, Bench
+from benchmarks._common import SETTINGS, VALIDATION, Bench, Entry
 from invrecon.errors import InputError
 from invrecon.methods import (
     DDIM,
@@ -111,8 +111,8 @@ def score(
     for key in settings:
         # Without noise the noise factor changes nothing: all its values share one run.
         shared = {k: v for k, v in knobs.items() if k != "noise_factor" or key in NOISY}
-        method = make(shared)
-        rows = [row for b in batches for row in bench.rows(SETTINGS[key], label(name, shared), method, prior, b)]
+        entry = Entry(label(name, shared), make(shared), prior)
+        rows = [row for b in batches for row in bench.rows(SETTINGS[key], entry, b)]
         psnr[key] = fmean(row["psnr"] for row in rows)
     return {"knobs": knobs, "psnr": psnr, "mean": fmean(psnr.values())}
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import _common
-from benchmarks._common import HELD_OUT, SETTINGS, Bench, Row, Setting
+from benchmarks._common import HELD_OUT, SETTINGS, Bench, Entry, Row, Setting
 from benchmarks.claims._figures import rounds_figure
 from benchmarks.claims._recipes import CHEAP, EM, PUBLISHED, Recipe, recipes
 from benchmarks.claims._verdicts import Verdict, cell, decide, difference, gap_share, interval, ratio
@@ -69,6 +69,11 @@ class Run:
         """Returns the recipe's prior file, or the name of a shipped one."""
         return None if recipe.prior is None else self.options.priors[recipe.prior]
 
+    def entry(self, key: str) -> Entry:
+        """Returns a recipe as the benchmarks run it."""
+        recipe = self.recipes[key]
+        return Entry(key, recipe.method, self.prior(recipe), recipe.adaptation)
+
     def batches(self, recipe: Recipe) -> list[CaseBatch]:
         """Returns the slices in batches; alone where each takes minutes, so that little is lost."""
         singles = self.singles[:: self.options.few] if recipe.few else self.singles
@@ -83,12 +88,11 @@ class Run:
                 recipe = self.recipes[key]
                 if not any(batch is own for own in self.batches(recipe)):
                     continue
-                row = (setting, key, recipe.method, self.prior(recipe), batch, recipe.adaptation)
-                if self.bench.find(*row) is not None:
+                if self.bench.find(setting, self.entry(key), batch) is not None:
                     continue
                 new = True
                 try:
-                    self.bench.rows(*row)
+                    self.bench.rows(setting, self.entry(key), batch)
                 except InputError as error:  # one that diverged does not end the run
                     self.failures[f"{setting.title}, {recipe.title}, {batch.id[0]}"] = str(error)
                     _common.progress(str(error))
@@ -103,7 +107,7 @@ class Run:
                 continue
             # An earlier run may have done more slices than `few` says.
             batches = self.together if recipe.tier == CHEAP else self.singles
-            found = [self.bench.find(setting, key, recipe.method, prior, b, recipe.adaptation) for b in batches]
+            found = [self.bench.find(setting, self.entry(key), b) for b in batches]
             rows[key] = [row for part in found for row in part or ()]
         return {key: own for key, own in rows.items() if own}
 
@@ -120,9 +124,8 @@ class Run:
         if path.is_file() and self.bench.record.find("figure", identity) is not None:
             return
         images, decode = {}, Intensity().decode
-        for recipe in own:
-            task = self.bench.task(setting, recipe.method, self.prior(recipe), adaptation=recipe.adaptation)
-            result = task.reconstruct(batch)
+        for key, recipe in zip(FIGURE, own, strict=True):
+            result = self.bench.task(setting, self.entry(key)).reconstruct(batch)
             images[recipe.title], reference = decode(result.estimate.mean[0]), result.reference
         assert reference is not None
         voxel_mm = batch.voxel_mm[0]

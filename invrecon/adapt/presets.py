@@ -161,7 +161,7 @@ class PatchSelfSupervision(SelfSupervised):
         )
 
 
-class WholeSelfSupervision(SelfSupervised):
+class WholeSelfSupervision(PatchSelfSupervision):
     """The same for a whole-image prior, whose misfit is taken behind the data step, as in SCD and DDIP.
 
     Published: that the comparison is with a whole-image prior under the loss of SCD and DDIP. What adapts, rate, steps
@@ -192,13 +192,5 @@ class WholeSelfSupervision(SelfSupervised):
         ema: float = 0.0,
         held_out: HeldOutViews | None = None,
     ) -> None:
-        super().__init__(
-            trainable=AllWeights() if trainable is None else trainable,
-            loss=ProximalDataLoss(num_iterations, weight),
-            learning_rate=learning_rate,
-            steps=steps,
-            levels=Levels(sigma_max=sigma_max),
-            ema=ema,
-            held_out=held_out,
-            noise_from="adapted",
-        )
+        super().__init__(trainable, learning_rate, steps, sigma_max, ema, held_out)
+        self.loss = ProximalDataLoss(num_iterations, weight)

@@ -154,11 +154,13 @@ def test_an_adaptation_and_its_test_are_part_of_a_fingerprint(tmp_path: Path) ->
         id=["a/0000"], index=[0], patient=["a"], source=[str(tmp_path / "data.h5")], voxel_mm=[None], reference=None
     )
     bench = _common.Bench(_common.Record(None, "x", {}), SIZE)
-    common = (_common.SETTINGS["20-clean"], "row", ProximalDiffusion(), prior, batch)
+    setting, method = _common.SETTINGS["20-clean"], ProximalDiffusion()
     variants = [(None, None), (SCD(), None), (SCD(rank=2), None), (DDIP(), None), (SCD(), SuitabilityTest())]
-    identities = [bench._locate(*common, *variant)[1] for variant in variants]
+    identities = [
+        bench.locate(setting, _common.Entry("row", method, prior, *variant), batch)[1] for variant in variants
+    ]
     assert len(set(identities)) == len(variants)
-    assert identities[0] == bench.identity(common[0], common[2], prior, batch.source[0], batch_size=1)
+    assert identities[0] == bench.identity(setting, method, prior, batch.source[0], batch_size=1)
 
 
 def shrink(recipe: tuple[Sampler, Adaptation]) -> tuple[Sampler, Adaptation]:
@@ -238,10 +240,10 @@ def test_an_interrupted_run_says_what_it_has_and_goes_on(
     out, rows_of = tmp_path / "g.json", _common.Bench.rows
     args = ["--json", str(out), "--rows", "fbp", "patch", "patch-em", "scd", *tiny]
 
-    def interrupted(self: _common.Bench, setting: Any, label: str, *more: Any) -> Any:
-        if label == "scd":
+    def interrupted(self: _common.Bench, setting: Any, entry: _common.Entry, batch: Any) -> Any:
+        if entry.label == "scd":
             raise KeyboardInterrupt
-        return rows_of(self, setting, label, *more)
+        return rows_of(self, setting, entry, batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(_common.Bench, "rows", interrupted)
