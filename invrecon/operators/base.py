@@ -14,6 +14,7 @@ from invrecon.errors import InputError
 
 if TYPE_CHECKING:
     from invrecon.data import Case, CaseBatch
+    from invrecon.operators.spectral import Spectrum
 
 T = TypeVar("T", bound="LinearOperator")
 
@@ -108,6 +109,17 @@ class LinearOperator(nn.Module, ABC):
         identity, data = 1 / scale, weight.clamp(max=1.0)
         rhs = data * self.adjoint(y - self(x))
         return x + conjugate_gradient(lambda d: identity * d + data * self.normal(d), rhs, max_iter=max_iter, tol=tol)
+
+    def spectrum(self) -> Spectrum:
+        """Returns the singular system `A = U S V^T`, for the operators that have it in closed form.
+
+        Raises:
+            InputError: This one has none.
+        """
+        raise InputError(
+            f"Spectral methods such as DDRM and DDNM+ need singular values, {type(self).__name__} has none in closed "
+            "form: use ProximalDiffusion, DDNM or DiffPIR, which solve with A and its adjoint."
+        )
 
     def baseline(self, y: Tensor) -> Tensor:
         """Returns the field's direct reconstruction of `y`; by default the pseudo-inverse."""
@@ -332,7 +344,8 @@ def conjugate_gradient(
     x = torch.zeros_like(b) if x0 is None else x0
     r = b if x0 is None else b - apply(x0)
     p, rr = r, _dot(r, r)
-    threshold = tol**2 * _dot(b, b)
+    # Beyond the precision's end the recursion has nothing left to divide, and would grow again.
+    threshold = max(tol, torch.finfo(b.dtype).eps) ** 2 * _dot(b, b)
     for _ in range(max_iter):
         active = rr > threshold
         if not active.any():
