@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from invrecon.adapt import ExpectationMaximisation, HeldOutViews, LoRA, SuitabilityTest
+from invrecon.adapt import ExpectationMaximisation, HeldOutViews, LoRA, SuitabilityTest, Trace
 from invrecon.data.phantoms import ellipse_phantom
 from invrecon.errors import InputError
 from invrecon.methods import ProximalDiffusion
@@ -154,19 +154,40 @@ def test_what_cannot_be_learned_from_is_refused() -> None:
         run(make_em(learning_rate=1e30), y, operator, make_prior())
 
 
+class Learns(ExpectationMaximisation):
+    """Comes back with another prior's reconstruction."""
+
+    def __init__(self, other: GaussianPrior) -> None:
+        super().__init__()
+        self.other = other
+
+    def adapt(self, y, operator, prior, sampler, generators):
+        return sampler(y, operator, self.other, generators=generators), Trace()
+
+
 def test_a_prior_that_suits_is_not_adapted() -> None:
     x, y, operator = make_cases()
-    mean, covariance = x[0], 1e-4 * torch.eye(x[0].numel())
-    known = GaussianPrior(mean, covariance)  # a prior that knows this very image
-    verdict = SuitabilityTest()(y, operator, known, SAMPLER, make_generators(0, ["a"]))
-    assert verdict.suited and verdict.ratio < 0.5
-    strange = GaussianPrior(1 - mean, covariance)  # sure of its negative
-    assert not SuitabilityTest()(y, operator, strange, SAMPLER, make_generators(0, ["a"])).suited
+    covariance = 1e-4 * torch.eye(x[0].numel())
+    known = GaussianPrior(x[0], covariance)  # a prior that knows this very image
+    blurred = GaussianPrior(0.9 * x[0], covariance)  # one that is better than none, and can be bettered
+    strange = GaussianPrior(1 - x[0], covariance)  # one that is sure of its negative
+
+    def judge(prior: GaussianPrior, learnt: GaussianPrior):
+        test = SuitabilityTest(learner=Learns(learnt))
+        return test(y, operator, prior, SAMPLER, make_generators(0, ["a"]))
+
+    verdict = judge(known, blurred)
+    assert verdict.suited and verdict.ratio < 0.5 and verdict.learning > 1
+    verdict = judge(blurred, known)
+    assert not verdict.suited and verdict.ratio < 0.7 and verdict.learning < 0.9
+    verdict = judge(strange, known)
+    assert not verdict.suited and verdict.ratio > 1 and verdict.learning is None
 
     class Never(ExpectationMaximisation):
         def adapt(self, *args):
             raise AssertionError("adapted")
 
-    estimate, (trace,) = Never()(y, operator, known, SAMPLER, make_generators(0, ["a"]), suitability=SuitabilityTest())
+    suitability = SuitabilityTest(learner=Learns(blurred))
+    estimate, (trace,) = Never()(y, operator, known, SAMPLER, make_generators(0, ["a"]), suitability=suitability)
     assert "suits" in trace.reason and "in distribution" in trace.verdict
     assert torch.equal(estimate.mean, SAMPLER(y, operator, known, generators=make_generators(0, ["a"])).mean)
