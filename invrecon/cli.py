@@ -1,4 +1,4 @@
-"""The command line: `invrecon fit | validate | test | predict --config NAME.yaml`."""
+"""The command line: `invrecon fit | validate | test | predict --config NAME.yaml`, `invrecon import-weights FILE`."""
 
 from __future__ import annotations
 
@@ -295,14 +295,15 @@ def complaint(text: str) -> str:
     return f"{key + ': ' if key else ''}{wrong}. `invrecon COMMAND --help` lists what there is."
 
 
-def main(args: list[str] | None = None) -> InvreconCLI:
+def main(args: list[str] | None = None) -> InvreconCLI | None:
     """Runs the command line.
 
     Args:
         args: Arguments without the program's name; those of the process by default.
 
     Returns:
-        The CLI object, whose `trainer`, `model` and `datamodule` a notebook may go on with.
+        The CLI object, whose `trainer`, `model` and `datamodule` a notebook may go on with; None of
+        `import-weights`, which trains and reconstructs nothing.
 
     Raises:
         InputError: If anything that the user gave cannot be used.
@@ -318,6 +319,11 @@ def main(args: list[str] | None = None) -> InvreconCLI:
     for talkative in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(talkative).setLevel(logging.WARNING)
     args = sys.argv[1:] if args is None else args
+    if args[:1] == ["import-weights"]:
+        from invrecon.priors.thirdparty.command import main as import_weights
+
+        import_weights(args[1:])
+        return None
     InvreconCLI.command = ["invrecon", *args]
     args = spell_slices(resolve_configs(args))
     return InvreconCLI(

@@ -31,7 +31,7 @@ class PriorCard:
 
     Args:
         kind: `patch` or `whole`.
-        network: Constructor arguments of `UNet`.
+        network: Constructor arguments of `UNet`, or of an imported network and its `family`.
         sigma_data: Standard deviation of the training data, intensity units.
         sigma_range: Smallest and largest trained noise level.
         image_size: Side of the training images in pixels: the frame that positions refer to.
@@ -41,6 +41,8 @@ class PriorCard:
         licence: Licence of the weights and their data.
         training: Counts and settings of the training run (steps, patches, pixels, command, figures).
         format: Version of this layout.
+        denoiser: How an imported network becomes a denoiser: what it predicts, its data range, its positions. Empty
+            for EDM preconditioning in intensity units.
     """
 
     kind: str
@@ -54,12 +56,21 @@ class PriorCard:
     licence: str = "not stated"
     training: dict[str, Any] = field(default_factory=dict)
     format: int = FORMAT
+    denoiser: dict[str, Any] = field(default_factory=dict)
 
 
 def build_prior(card: PriorCard) -> Prior:
     """Returns an untrained prior of the card's architecture and kind."""
-    denoiser = EDMDenoiser(UNet(**card.network), card.sigma_data)
+    denoiser = _build_denoiser(card)
     return PatchPrior(denoiser, card.patch_sizes[0]) if card.kind == "patch" else WholePrior(denoiser)
+
+
+def _build_denoiser(card: PriorCard) -> EDMDenoiser:
+    if "family" not in card.network:
+        return EDMDenoiser(UNet(**card.network), card.sigma_data)
+    from invrecon.priors.thirdparty.denoiser import build_denoiser
+
+    return build_denoiser(card.network, card.denoiser, card.sigma_data)
 
 
 def save_prior(path: str | Path, state: dict[str, Tensor], card: PriorCard) -> None:

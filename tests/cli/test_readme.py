@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
+from invrecon.errors import InputError
 from tests.cli.tiny import ROOT
 
 
@@ -27,10 +29,19 @@ def check(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("line", commands("invrecon"))
+@pytest.mark.parametrize("line", commands("invrecon (fit|validate|test|predict)"))
 def test_commands(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = check(shlex.split(line)[1:], capsys)
     assert text.startswith("# lightning") and "class_path" in text
+
+
+@pytest.mark.parametrize("line", commands("invrecon import-weights"))
+def test_commands_that_import(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from invrecon.cli import main
+
+    monkeypatch.chdir(tmp_path)  # understood as far as to ask for the file, which is not here
+    with pytest.raises(InputError, match=shlex.split(line)[2]):
+        main(shlex.split(line)[1:])
 
 
 @pytest.mark.parametrize("line", commands("(torchrun|srun)"))
