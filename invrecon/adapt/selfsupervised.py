@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
@@ -19,7 +18,7 @@ from invrecon.errors import InputError
 from invrecon.methods.base import Estimate, check_generators
 from invrecon.methods.counting import Counter, CountingPrior, count_calls
 from invrecon.methods.sampling import repeat_cases
-from invrecon.methods.transitions import Transition
+from invrecon.methods.transitions import DenoisedTransition, PriorNoise
 from invrecon.rng import Generators
 
 if TYPE_CHECKING:
@@ -67,46 +66,13 @@ class Levels:
         ]
 
 
-class DenoisedTransition(Transition):
-    """Another transition, told besides what a denoiser makes of the state without the measurement.
-
-    Args:
-        transition: From one level to the next.
-        denoise: `D(x, sigma)`.
-    """
-
-    def __init__(self, transition: Transition, denoise: Callable[[Tensor, float], Tensor]) -> None:
-        self.transition = transition
-        self.denoise = denoise
-
-    def begin(self) -> DenoisedTransition:
-        """Returns what takes the steps of one run."""
-        return type(self)(self.transition.begin(), self.denoise)
-
-
-class PriorNoise(DenoisedTransition):
-    """Takes the noise in the state from the denoiser, and not from the conditioned estimate.
-
-        eps = (x - D(x, sigma)) / sigma   in place of   (x - x0) / sigma
-
-    as methods have it that are written around a noise-predicting network (DDS and all that follow it). It does so by
-    handing on the state `x0 + sigma eps`.
-    """
-
-    def __call__(self, x: Tensor, x0: Tensor, sigma: float, sigma_next: float, generators: Generators) -> Tensor:
-        """Returns the state at `sigma_next`."""
-        if sigma_next > 0:
-            x = x0 + (x - self.denoise(x, sigma))
-        return self.transition(x, x0, sigma, sigma_next, generators)
-
-
 class DenoisedOutput(DenoisedTransition):
     """Ends with what the denoiser makes of the last state, before the last data step."""
 
     def __call__(self, x: Tensor, x0: Tensor, sigma: float, sigma_next: float, generators: Generators) -> Tensor:
         """Returns the state at `sigma_next`, and `D(x, sigma)` at the end."""
         if sigma_next == 0:
-            return self.denoise(x, sigma)
+            return self.prior_estimate(x, sigma)
         return self.transition(x, x0, sigma, sigma_next, generators)
 
 

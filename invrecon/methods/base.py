@@ -46,9 +46,22 @@ class Method(ABC):
 
     Attributes:
         needs_prior: Whether the method cannot work without a denoiser.
+        needs_gradient: Whether it takes gradients through the denoiser: two to three times the memory and the time of
+            an evaluation.
+        needs_spectrum: Whether it needs the operator's singular system, `operator.spectrum()`.
+        samples_posterior: Whether its samples are meant to be draws from the posterior, with its spread; those of the
+            others lie closer together, and are estimates.
     """
 
     needs_prior: bool = False
+    needs_gradient: bool = False
+    needs_spectrum: bool = False
+    samples_posterior: bool = False
+
+    @property
+    def num_evaluations(self) -> int:
+        """Denoiser evaluations for one sample."""
+        return 0
 
     @abstractmethod
     def __call__(

@@ -46,7 +46,13 @@ class DifferentiableDenoiser(Denoiser, Protocol):
 
 
 class Conditioning(ABC):
-    """Binds a prior to a measurement."""
+    """Binds a prior to a measurement.
+
+    Attributes:
+        num_evaluations: Evaluations of the prior for one of the conditional denoiser.
+    """
+
+    num_evaluations: int = 1
 
     @abstractmethod
     def __call__(self, prior: DifferentiableDenoiser, operator: LinearOperator, y: Tensor) -> Denoiser:
@@ -169,6 +175,17 @@ class NormGuidance(DPSConditioning):
         """Returns `r / ||r||`, per sample."""
         length = norm_per_sample(residual).clamp(min=torch.finfo(residual.dtype).tiny)
         return residual / per_sample(length, residual)
+
+
+class ScaledNormGuidance(NormGuidance):
+    """`L = ||r|| / ||A||`: DPS's step for an operator of unit norm, whatever its scale, `w(r) = r / (||A|| ||r||)`.
+
+    The two-cycle is left at a distance of the strength's size (Euclidean, over the whole image).
+    """
+
+    def weigh(self, residual: Tensor, operator: LinearOperator) -> Tensor:
+        """Returns `r / (||A|| ||r||)`, per sample."""
+        return super().weigh(residual, operator) / operator.norm()
 
 
 class SquaredNormGuidance(NormGuidance):

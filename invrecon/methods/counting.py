@@ -22,18 +22,25 @@ class Counter:
 
 
 class CountingPrior:
-    """A denoiser that counts its evaluations; one with a vector-Jacobian product counts as one."""
+    """A denoiser that counts its evaluations and keeps the last; one with a vector-Jacobian product counts as one."""
 
     def __init__(self, prior: Prior, counter: Counter) -> None:
         self.prior = prior
         self.counter = counter
+        self._denoised: Tensor | None = None
+
+    def last(self, x: Tensor, sigma: float) -> Tensor:
+        """Returns the last evaluation, which was at this state."""
+        assert self._denoised is not None, "nothing was evaluated yet"
+        return self._denoised
 
     def __call__(
         self, x: Tensor, sigma: float | Tensor, *, generators: Sequence[torch.Generator] | None = None
     ) -> Tensor:
         """Returns `D(x, sigma)`."""
         self.counter.num_calls += 1
-        return self.prior(x, sigma, generators=generators)
+        self._denoised = self.prior(x, sigma, generators=generators)
+        return self._denoised
 
     def denoise_vjp(
         self,
@@ -45,7 +52,8 @@ class CountingPrior:
     ) -> tuple[Tensor, Tensor]:
         """Returns `D(x, sigma)` and `J_D(x)^T cotangent(D(x, sigma))`."""
         self.counter.num_calls += 1
-        return self.prior.denoise_vjp(x, sigma, cotangent, generators=generators)
+        self._denoised, gradient = self.prior.denoise_vjp(x, sigma, cotangent, generators=generators)
+        return self._denoised, gradient
 
     def backpropagate(
         self,

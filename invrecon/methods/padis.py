@@ -38,6 +38,8 @@ class PaDIS(Sampler):
         clip: Range to which samples are clipped at the end, or None.
     """
 
+    needs_gradient = True
+
     def __init__(
         self,
         schedule: Schedule,

@@ -147,6 +147,11 @@ class Sampler(Method):
         self.samples_per_batch = samples_per_batch
         self.clip = clip
 
+    @property
+    def num_evaluations(self) -> int:
+        """Denoiser evaluations for one sample: those of the conditioning, at every update."""
+        return len(self.schedule) * self.conditioning.num_evaluations
+
     @torch.no_grad()
     def __call__(
         self,
@@ -194,7 +199,8 @@ class Sampler(Method):
     ) -> Tensor:
         x = self.start(y, operator, self.schedule.sigma_max, generators)
         denoise = self.conditioning(prior, operator, y)
-        x = diffuse(x, denoise, self.schedule, self.transition, generators)
+        transition = self.transition.bind(prior.last, operator, y)
+        x = diffuse(x, denoise, self.schedule, transition, generators)
         return x if self.clip is None else x.clamp(*self.clip)
 
 
@@ -279,6 +285,11 @@ class UnconditionalSampler(Method):
         self.clip = clip
         check_range("clip", clip)
         check_ladder(self.schedule, self.transition)
+
+    @property
+    def num_evaluations(self) -> int:
+        """Denoiser evaluations for one image: one an update."""
+        return len(self.schedule)
 
     def __call__(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import pairwise
@@ -102,3 +103,81 @@ class GeometricSchedule(Schedule):
     def interpolate(self, t: np.ndarray) -> np.ndarray:
         """Returns `sigma(t)`."""
         return self.sigma_max * (self.sigma_min / self.sigma_max) ** t
+
+
+class FloorSchedule(Schedule):
+    """Levels in a constant ratio down to a floor, where they stay: `sigma_k = max(ratio^k sigma_max, sigma_min)`.
+
+    Source: Wu et al., "Principled probabilistic imaging using diffusion models as plug-and-play priors" (PnP-DM),
+    NeurIPS 2024, annealing of the coupling.
+
+    Args:
+        num_levels: Number of levels, those at the floor included.
+        sigma_max: First and largest level.
+        sigma_min: The floor.
+        ratio: From one level to the next, in (0, 1).
+    """
+
+    def __init__(self, num_levels: int, sigma_max: float, sigma_min: float, ratio: float = 0.9) -> None:
+        super().__init__(num_levels, sigma_max, sigma_min)
+        if not 0 < ratio < 1:
+            raise InputError(f"ratio is {ratio}, but levels that fall have one between 0 and 1.")
+        self.ratio = float(ratio)
+
+    def interpolate(self, t: np.ndarray) -> np.ndarray:
+        """Returns `sigma(t)`."""
+        return np.maximum(self.sigma_max * self.ratio ** (t * (self.num_levels - 1)), self.sigma_min)
+
+
+class VPSchedule(Schedule):
+    """Levels evenly spaced in the time of a variance-preserving diffusion, as DDPM's thousand steps are.
+
+        sigma(t) = unit sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1),    beta_min = 0.1, beta_d = 19.9
+
+    Of the times in [0, 1] it takes those from `sigma_max` to `sigma_min`.
+
+    Source: Song et al., ICLR 2021, Eq. 33; its inverse from Karras et al., NeurIPS 2022, Tab. 1.
+
+    Args:
+        num_levels: Number of levels.
+        sigma_max: First and largest noise level.
+        sigma_min: Last and smallest noise level.
+        unit: Half the width of the images' range: 0.5 for images in [0, 1], where published schedules, made for
+            images in [-1, 1], have 1.
+    """
+
+    beta_min, beta_d = 0.1, 19.9
+
+    def __init__(self, num_levels: int, sigma_max: float, sigma_min: float, unit: float = 0.5) -> None:
+        super().__init__(num_levels, sigma_max, sigma_min)
+        if not unit > 0:
+            raise InputError(f"unit is {unit}, but it has to be above 0.")
+        self.unit = float(unit)
+
+    def interpolate(self, t: np.ndarray) -> np.ndarray:
+        """Returns `sigma(t)`."""
+        first, last = self._time(self.sigma_max), self._time(self.sigma_min)
+        time = first + t * (last - first)
+        return self.unit * np.sqrt(np.expm1(self.beta_d * time**2 / 2 + self.beta_min * time))
+
+    def _time(self, sigma: float) -> float:
+        log = math.log1p((sigma / self.unit) ** 2)
+        return (math.sqrt(self.beta_min**2 + 2 * self.beta_d * log) - self.beta_min) / self.beta_d
+
+
+class PairedSchedule(GeometricSchedule):
+    """Geometric levels, each new one visited twice: `(sigma_0, sigma_1), (sigma_1, sigma_1), (sigma_1, sigma_2), ...`.
+
+    For a predictor, which goes to the next level, and a corrector, which stays (`sigma_next = sigma`).
+    """
+
+    def steps(self) -> Iterator[tuple[float, float]]:
+        """Yields `(sigma, sigma_next)` for every update, 0 at the last."""
+        sigmas = self.sigmas
+        for sigma, sigma_next in pairwise(sigmas):
+            yield sigma, sigma_next
+            yield sigma_next, sigma_next
+        yield sigmas[-1], 0.0
+
+    def __len__(self) -> int:
+        return 2 * self.num_levels - 1

@@ -2,20 +2,27 @@
 
 In sigma coordinates the state is `x = x0 + sigma n`. Every transition below takes the noise it finds in the
 state from the *conditioned* estimate, `eps = (x - x0) / sigma` with `x0 ~ E[x0 | x, y]`: it is the reverse
-diffusion of the posterior, whose denoiser is `x0`, not that of the prior.
+diffusion of the posterior, whose denoiser is `x0`, not that of the prior. `PriorNoise` makes any of them do otherwise.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from invrecon.errors import InputError
 from invrecon.rng import randn
+
+if TYPE_CHECKING:
+    from invrecon.operators.base import LinearOperator
+
+Denoised = Callable[[Tensor, float], Tensor]
+"""What the prior alone makes of the state, `D(x, sigma)`."""
 
 
 class Transition(ABC):
@@ -26,6 +33,16 @@ class Transition(ABC):
     """
 
     stays_at_level: bool = False
+
+    def bind(self, denoised: Denoised, operator: LinearOperator, y: Tensor) -> Transition:
+        """Returns the transition for one measurement: itself, unless it asks for more than the two images.
+
+        Args:
+            denoised: Gives the evaluation of the prior from which the estimate at hand was made.
+            operator: The physics `A`, bound to these cases.
+            y: Measurements `(B, *operator.measurement_shape)`.
+        """
+        return self
 
     def begin(self) -> Transition:
         """Returns what takes the steps of one run: itself, or, where steps depend on earlier ones, a fresh copy."""
@@ -165,14 +182,17 @@ class Langevin(Transition):
 
     Args:
         epsilon: Step in units of `sigma^2`, in (0, 4).
+        noise: Share of the noise that is put in, in [0, 1]; below 1 it is an estimator rather than a sampler.
     """
 
     stays_at_level = True
 
-    def __init__(self, epsilon: float = 0.5) -> None:
+    def __init__(self, epsilon: float = 0.5, noise: float = 1.0) -> None:
         if not 0 < epsilon < 4:
             raise InputError(f"epsilon is {epsilon}, but Langevin steps are stable only between 0 and 4.")
-        self.epsilon = float(epsilon)
+        if not 0 <= noise <= 1:
+            raise InputError(f"noise is {noise}, but the share of a Langevin step's noise lies between 0 and 1.")
+        self.epsilon, self.noise = float(epsilon), float(noise)
 
     def __call__(
         self, x: Tensor, x0: Tensor, sigma: float, sigma_next: float, generators: Sequence[torch.Generator]
@@ -181,4 +201,75 @@ class Langevin(Transition):
         x_next = x + (self.epsilon / 2) * (x0 - x)
         if sigma_next == 0:
             return x_next
-        return x_next + math.sqrt(self.epsilon) * sigma * randn(x.shape[1:], generators, x)
+        return x_next + self.noise * math.sqrt(self.epsilon) * sigma * randn(x.shape[1:], generators, x)
+
+
+class ReverseSDE(Transition):
+    """The Euler step of the reverse diffusion, in the variance.
+
+        x' = x + (sigma^2 - sigma'^2) s + sqrt(sigma^2 - sigma'^2) n,    s = (x0 - x) / sigma^2
+
+    It puts in `sigma / sigma'` times the noise of the ancestral step (`DDIM(1.0)`): right where the image's spread
+    exceeds `sigma` by far, as the ancestral one is where it vanishes beside it.
+
+    Source: Song et al., "Score-based generative modeling through stochastic differential equations", ICLR 2021,
+    Alg. 2 (the predictor).
+    """
+
+    def __call__(
+        self, x: Tensor, x0: Tensor, sigma: float, sigma_next: float, generators: Sequence[torch.Generator]
+    ) -> Tensor:
+        """Returns the state at `sigma_next`."""
+        if sigma_next == 0:
+            return x0
+        released = max(sigma**2 - sigma_next**2, 0.0)
+        x_next = x + (released / sigma**2) * (x0 - x)
+        return x_next + math.sqrt(released) * randn(x.shape[1:], generators, x)
+
+
+class DenoisedTransition(Transition):
+    """Another transition, told besides what a denoiser makes of the state without the measurement.
+
+    Args:
+        transition: From one level to the next.
+        denoise: `D(x, sigma)`; the evaluation from which the estimate was made if None.
+    """
+
+    def __init__(self, transition: Transition, denoise: Denoised | None = None) -> None:
+        self.transition = transition
+        self.denoise = denoise
+
+    def bind(self, denoised: Denoised, operator: LinearOperator, y: Tensor) -> Transition:
+        """Returns a copy that has a denoiser."""
+        bound = self.transition.bind(denoised, operator, y)
+        return type(self)(bound, denoised if self.denoise is None else self.denoise)
+
+    def begin(self) -> Transition:
+        """Returns what takes the steps of one run."""
+        return type(self)(self.transition.begin(), self.denoise)
+
+    def prior_estimate(self, x: Tensor, sigma: float) -> Tensor:
+        """Returns `D(x, sigma)`."""
+        assert self.denoise is not None, "a denoiser comes with bind()"
+        return self.denoise(x, sigma)
+
+
+class PriorNoise(DenoisedTransition):
+    """Takes the noise in the state from the denoiser, and not from the conditioned estimate.
+
+        eps = (x - D(x, sigma)) / sigma   in place of   (x - x0) / sigma
+
+    as methods have it that are written around a noise-predicting network (DPS, DDNM, DDS and all that follow). It does
+    so by handing on the state `x0 + sigma eps`. Of one inside another the outer counts.
+    """
+
+    def __init__(self, transition: Transition, denoise: Denoised | None = None) -> None:
+        super().__init__(transition.transition if isinstance(transition, PriorNoise) else transition, denoise)
+
+    def __call__(
+        self, x: Tensor, x0: Tensor, sigma: float, sigma_next: float, generators: Sequence[torch.Generator]
+    ) -> Tensor:
+        """Returns the state at `sigma_next`."""
+        if sigma_next > 0:
+            x = x0 + (x - self.prior_estimate(x, sigma))
+        return self.transition(x, x0, sigma, sigma_next, generators)
