@@ -21,7 +21,7 @@ from benchmarks import _common
 from benchmarks._common import HELD_OUT, SETTINGS, Bench, Entry, Row, Setting
 from benchmarks.claims._figures import rounds_figure
 from benchmarks.claims._recipes import CHEAP, EM, PUBLISHED, Recipe, recipes
-from benchmarks.claims._verdicts import Verdict, cell, decide, difference, gap_share, interval, ratio
+from benchmarks.claims._verdicts import MISSING, Verdict, cell, decide, difference, gap_share, interval, ratio
 from invrecon.data.cases import CaseBatch
 from invrecon.data.intensity import Intensity
 from invrecon.errors import InputError
@@ -167,7 +167,11 @@ class Run:
                 outcomes.setdefault(verdict.claim, {})[name] = verdict.outcome
         yield "## Verdicts\n"
         header = ["Claim", *(SETTINGS[name].title for name in findings)]
-        yield _common.markdown(header, ([claim, *own.values()] for claim, own in outcomes.items())) + "\n"
+        measured = {claim: own for claim, own in outcomes.items() if set(own.values()) != {MISSING}}
+        cells = ([claim, *(own.get(name, "") for name in findings)] for claim, own in measured.items())
+        yield _common.markdown(header, cells) + "\n"
+        if left := len(outcomes) - len(measured):
+            yield f"{left} more claims have not been measured yet.\n"
         for ending, what in ((".png", "One slice and its errors"), ("_rounds.png", "Rounds of EM")):
             if self._beside(ending).is_file():
                 yield f"![{what}]({self._beside(ending).name})\n"

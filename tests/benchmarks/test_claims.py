@@ -250,7 +250,7 @@ def test_an_interrupted_run_says_what_it_has_and_goes_on(
         with pytest.raises(KeyboardInterrupt):
             claims.main(args)
     page = out.with_suffix(".md").read_text()
-    assert "| patch + EM |" in page and "| SCD |" not in page and "not measured" in page
+    assert "| patch + EM |" in page and "| SCD |" not in page and "not been measured yet" in page
     capsys.readouterr()
     claims.main(args)
     assert re.findall(r"20 views, ([\w-]+), slices", capsys.readouterr().out) == ["scd"]

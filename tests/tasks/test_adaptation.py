@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from invrecon.adapt.base import Adaptation, Step, Trace, private_generator
+from invrecon.adapt.em import ExpectationMaximisation
 from invrecon.adapt.suitability import SuitabilityTest
 from invrecon.adapt.trainable import AllWeights, adapted_copy, movement, num_parameters
 from invrecon.data.reconstruction import ReconstructionData
 from invrecon.errors import InputError
-from invrecon.methods import FBP, ProximalDiffusion, UnconditionalSampler
+from invrecon.methods import FBP, ProximalDiffusion, TotalVariation, UnconditionalSampler
 from invrecon.operators import ParallelBeamCT
 from invrecon.tasks.adaptation import TestTimeAdaptation
 from invrecon.tasks.reconstruction import Reconstruction
@@ -147,9 +148,10 @@ def test_pooled_slices_share_an_adapter_and_others_do_not(files: Path, tmp_path:
 
 
 def test_a_prior_that_suits_is_left_alone(files: Path, tmp_path: Path) -> None:
-    always, never = SuitabilityTest(threshold=1e9), SuitabilityTest(threshold=1e-9)
-    for test in (always, never):
-        test.reference.num_iterations = 5
+    learner = ExpectationMaximisation(rounds=1, steps=1, num_pixels=256)
+    reference = TotalVariation(num_iterations=5)
+    always = SuitabilityTest(threshold=1e9, gain=1e-9, reference=reference, learner=learner)
+    never = SuitabilityTest(threshold=1e-9, reference=reference)
     plain = results(files, tmp_path, task(files, Reconstruction), batch_size=1)
     suited = results(files, tmp_path, task(files, suitability=always), batch_size=1)
     unsuited = results(files, tmp_path, task(files, suitability=never), batch_size=1)
