@@ -169,7 +169,7 @@ def test_batches_do_not_depend_on_what_is_done_when_pooled(library: Path) -> Non
         ),
         (
             "--model.method=FBP",
-            r"model.method is 'FBP', expected one of (?!.*FBP,|.*REDDiff).*PaDIS, .*ProximalDiffusion, Sampler",
+            r"model.method is 'FBP', expected one of (?!.* FBP,|.* REDDiff,).*PaDIS, .*ProximalDiffusion, Sampler",
         ),
     ],
 )
