@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 
+import invrecon.methods
+from invrecon.errors import InputError
 from tests.cli.tiny import files_in, reconstruct
 
 
@@ -53,6 +56,34 @@ def test_method(run: Callable[..., Any], options: tuple[str, ...], tmp_path: Pat
     assert method in " ".join(options)
     with open(tmp_path / "out" / "metrics.csv") as file:
         assert {row["method"] for row in csv.DictReader(file)} == {method}
+
+
+def knobs(name: str) -> list[str]:
+    """Makes a method of the field short."""
+    names = inspect.signature(getattr(invrecon.methods, name)).parameters
+    return [f"--model.method.{knob}=1" for knob in ("num_inner", "num_ode", "num_steps", "num_prior") if knob in names]
+
+
+FIELD = [
+    name
+    for name, method in vars(invrecon.methods).items()
+    if inspect.isclass(method)
+    and issubclass(method, invrecon.methods.Method)
+    and "num_levels" in inspect.signature(method).parameters
+]
+
+
+@pytest.mark.parametrize("name", FIELD)
+def test_every_method_runs_by_its_name(run: Callable[..., Any], name: str, tmp_path: Path) -> None:
+    options = (f"--model.method={name}", "--model.method.num_levels=2", *knobs(name))
+    if getattr(invrecon.methods, name).needs_spectrum:
+        with pytest.raises(InputError, match=r"singular.*ProximalDiffusion"):
+            run(*options)
+        options += ("--model.operator=BlockDownsample", "--model.operator.factor=2")
+    assert type(run(*options).model.method).__name__ == name
+    with open(tmp_path / "out" / "metrics.csv") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["psnr"]) > 0 and float(row["num_evaluations"]) > 0
 
 
 def test_prior(run: Callable[..., Any]) -> None:
