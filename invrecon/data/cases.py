@@ -24,13 +24,17 @@ class Case:
         patient: The patient's identity, the unit of statistics.
         source: Path of the file.
         index: Index of the slice within the file.
-        reference: The image `(1, H, W)` in intensity [0, 1], as stored (perhaps finer than the
-            reconstruction), or None for a measurement file.
-        measurement: Sinogram `(1, views, bins)`; None if it is to be simulated from the reference.
+        reference: The image `(1, H, W)`, in colour `(3, H, W)`, in intensity [0, 1], as stored (perhaps finer than
+            the reconstruction), complex `(2, H, W)`, or None where nobody knows it.
+        measurement: Sinogram `(1, views, bins)` or k-space `(coils, H, W, 2)`; None if it is to be simulated from the
+            reference.
         noise_std: Standard deviation of the measurement's noise, a scalar or `(1, views, bins)`; None is
             noise-free or simulated.
         geometry: How the measurement was taken (`invrecon.data.measurement`); None if simulated.
         voxel_mm: Voxel size `(z, y, x)` of the reference or, for a measurement, of the image asked for [mm].
+        maps: Coil sensitivities of MRI `(coils, H, W, 2)`, or None for one coil of sensitivity 1.
+        mask: What was measured of k-space, `(H, W)`, or None.
+        scale: What the stored values were divided by; 1 where the scale is that of the data module for all.
     """
 
     id: str
@@ -42,6 +46,9 @@ class Case:
     noise_std: Tensor | None = None
     geometry: Geometry | None = None
     voxel_mm: VoxelSize | None = None
+    maps: Tensor | None = None
+    mask: Tensor | None = None
+    scale: float = 1.0
 
 
 @dataclass
@@ -53,11 +60,14 @@ class CaseBatch:
         patient: As in `Case`, a list.
         source: As in `Case`, a list of equal entries.
         index: As in `Case`, a list.
-        reference: `(B, 1, H, W)` or None.
-        measurement: `(B, 1, views, bins)` or None.
+        reference: `(B, C, H, W)` or None.
+        measurement: `(B, 1, views, bins)`, `(B, coils, H, W, 2)` or None.
         noise_std: `(B,)` or `(B, 1, views, bins)` or None.
         geometry: Of the file, shared by all.
         voxel_mm: As in `Case`, a list.
+        maps: `(B, coils, H, W, 2)` or None.
+        mask: `(B, H, W)` or None.
+        scale: As in `Case`, a list; empty is 1 for all.
     """
 
     id: list[str]
@@ -69,6 +79,9 @@ class CaseBatch:
     noise_std: Tensor | None = None
     geometry: Geometry | None = None
     voxel_mm: Sequence[VoxelSize | None] = ()
+    maps: Tensor | None = None
+    mask: Tensor | None = None
+    scale: Sequence[float] = ()
 
     def __len__(self) -> int:
         return len(self.id)
@@ -111,4 +124,7 @@ def collate_cases(cases: Sequence[Case]) -> CaseBatch:
         noise_std=stack("noise_std"),
         geometry=cases[0].geometry,
         voxel_mm=[case.voxel_mm for case in cases],
+        maps=stack("maps"),
+        mask=stack("mask"),
+        scale=[case.scale for case in cases],
     )

@@ -8,7 +8,7 @@ import lightning
 from torch.utils.data import DataLoader
 
 from invrecon.data.cases import CaseBatch
-from invrecon.data.intensity import Intensity
+from invrecon.data.intensity import HOUNSFIELD, Intensity
 from invrecon.errors import InputError
 
 
@@ -19,15 +19,22 @@ class GenerationData(lightning.LightningDataModule):
         num_images: Samples in all.
         size: Side of the images in pixels.
         batch_size: Samples drawn at once.
+        intensity: The scale of the prior: the project's CT scale, or for natural images `{offset: 0, scale: 255,
+            units: 8 bit}`.
+
+    Raises:
+        InputError: A number is below 1.
     """
 
-    def __init__(self, num_images: int = 4, size: int = 256, batch_size: int = 4) -> None:
+    def __init__(
+        self, num_images: int = 4, size: int = 256, batch_size: int = 4, intensity: Intensity = HOUNSFIELD
+    ) -> None:
         super().__init__()
         for name, value in (("num_images", num_images), ("size", size), ("batch_size", batch_size)):
             if value < 1:
                 raise InputError(f"data.{name} is {value}, expected at least 1.")
         self.num_images, self.size, self.batch_size = num_images, size, batch_size
-        self.intensity = Intensity()
+        self.intensity = intensity
         self.skip_ids: set[str] = set()
         self.allow_zero_length_dataloader_with_multiple_devices = True
 

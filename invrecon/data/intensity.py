@@ -40,3 +40,7 @@ class Intensity:
     def decode(self, x: Tensor) -> Tensor:
         """Returns `offset + scale * x` in `units`; the inverse of `encode` where that did not clip."""
         return self.offset + self.scale * x
+
+
+HOUNSFIELD = Intensity()
+RGB = Intensity(offset=0.0, scale=255.0, units="8 bit")  # natural images

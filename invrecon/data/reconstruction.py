@@ -10,7 +10,8 @@ import lightning
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from invrecon.data.cases import Case, CaseBatch, collate_cases
-from invrecon.data.intensity import Intensity
+from invrecon.data.images import find_images, open_images
+from invrecon.data.intensity import RGB, Intensity
 from invrecon.data.measurement import Measurement, is_measurement, open_measurement
 from invrecon.data.volume import Volume, file_stem
 from invrecon.data.volumes import check_pixels, find_volumes, open_volume, parse_slices
@@ -80,7 +81,7 @@ class ReconstructionData(lightning.LightningDataModule):
             return
         files: list[tuple[Volume | Measurement, list[int]]] = []
         stems: dict[str, Path] = {}
-        for path in find_volumes(resolve_paths(self.paths)):
+        for path in self._find():
             file = self._open(path)
             if file.stem in stems:
                 raise InputError(
@@ -121,12 +122,13 @@ class ReconstructionData(lightning.LightningDataModule):
                 geometry=file.geometry,
                 voxel_mm=file.voxel_mm,
             )
+        x = self.intensity.encode(file.read(index))
         return Case(
             id=name,
             patient=file.patients[index],
             source=str(file.path),
             index=index,
-            reference=self.intensity.encode(file.read(index))[None],
+            reference=x if x.ndim == 3 else x[None],
             voxel_mm=file.voxel_mm,
         )
 
@@ -153,6 +155,9 @@ class ReconstructionData(lightning.LightningDataModule):
             batches += [(file, group) for group in groups if not undone.isdisjoint(group)]
         return DataLoader(_Batches(batches[rank::num_ranks], self.load), batch_size=None, num_workers=self.num_workers)
 
+    def _find(self) -> list[Path]:
+        return find_volumes(resolve_paths(self.paths))
+
     def _open(self, path: Path) -> Volume | Measurement:
         if is_measurement(path):
             return open_measurement(path)
@@ -165,6 +170,40 @@ class ReconstructionData(lightning.LightningDataModule):
                 f"{self.size}`."
             )
         return volume
+
+
+class ImageData(ReconstructionData):
+    """Natural colour images, `(3, size, size)`, whose measurement will be simulated.
+
+    A PNG or JPEG file is one image; a folder of them is a stack, as an HDF5 dataset is. Of each image the middle
+    square is taken and reduced to the size.
+
+    Args:
+        paths: PNG, JPEG or HDF5 files, or folders of them.
+        slices: Selection applied to each stack, in a folder by sorted name: '3', '1,4,9' or '0:16:2'; None is all.
+        size: Side of the images in pixels.
+        batch_size: Cases reconstructed at once.
+        num_workers: Processes that read ahead; reading is cheap beside reconstructing, so 0 is right.
+        dataset: The HDF5 dataset that holds images, `(N, H, W, 3)` or `(N, 3, H, W)`.
+    """
+
+    def __init__(
+        self,
+        paths: list[str] | str,
+        slices: str | None = None,
+        size: int = 256,
+        batch_size: int = 4,
+        num_workers: int = 0,
+        dataset: str = "data",
+    ) -> None:
+        super().__init__(paths, slices, size, batch_size, num_workers, dataset)
+        self.intensity = RGB
+
+    def _find(self) -> list[Path]:
+        return find_images(resolve_paths(self.paths))
+
+    def _open(self, path: Path) -> Volume:
+        return open_images(path, self.size, dataset=self.dataset)
 
 
 class _Batches(IterableDataset):

@@ -18,6 +18,7 @@ import torch.nn.functional as nnf
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from invrecon.data.couches import AIR, draw_couch
 from invrecon.data.intensity import Intensity
 from invrecon.data.measurement import is_measurement
 from invrecon.data.phantoms import ellipse_phantom
@@ -25,8 +26,6 @@ from invrecon.data.volumes import find_volumes, read_volume
 from invrecon.errors import InputError
 from invrecon.priors.patch import cut_patches
 from invrecon.rng import make_generator
-
-AIR = -1000  # [HU]
 
 
 class PatchBatch(NamedTuple):
@@ -236,6 +235,23 @@ class PriorTraining(lightning.LightningDataModule, ABC):
         return DataLoader(FixedBatches(self._validation, self.validation_batches, rank, ranks), batch_size=None)
 
 
+def held_out_names(names: Sequence[str], validation: Sequence[str] | None, num_default: int, paths: object) -> set[str]:
+    """Returns which of the names validate: those asked for, or the last `num_default`.
+
+    Raises:
+        InputError: One asked for is not there, or nothing is left to train on.
+    """
+    chosen = set(validation or names[-num_default:])
+    if missing := sorted(chosen - set(names)):
+        raise InputError(f"data.validation names {missing}, expected names of what is in data.paths, as {names[0]}.")
+    if chosen >= set(names):
+        raise InputError(
+            f"Nothing is left to train on: data.paths {paths} hold {len(names)}, as {names[0]}, and validation takes "
+            "all of it. Give several, of several patients."
+        )
+    return chosen
+
+
 class CTTraining(PriorTraining):
     """CT slices in Hounsfield units from HDF5 volumes, held in memory as int16.
 
@@ -256,6 +272,8 @@ class CTTraining(PriorTraining):
         licence: Licence of the data, for the prior's card.
         zooms: Every training slice is seen at each of these scales, shrunk towards the centre of a frame of air:
             scanners' fields of view differ, and a prior that has seen one pixel size only reconstructs another worse.
+        couches: Share of these training images that get a random couch under the patient (`draw_couch`): a prior
+            that has seen few takes another one for air.
     """
 
     def __init__(
@@ -274,6 +292,7 @@ class CTTraining(PriorTraining):
         num_workers: int = 0,
         licence: str = "not stated",
         zooms: list[float] = [1.0],  # noqa: B006
+        couches: float = 0.0,
     ) -> None:
         super().__init__(
             size, patch_sizes, probabilities, pad, pixels_per_batch, batches_per_epoch, validation_batches, seed,
@@ -281,8 +300,10 @@ class CTTraining(PriorTraining):
         )  # fmt: skip
         if not zooms or not all(0 < zoom <= 1 for zoom in zooms):
             raise InputError(f"data.zooms is {zooms}, expected a list of scales in (0, 1], such as [1.0, 0.7].")
+        if not 0 <= couches <= 1:
+            raise InputError(f"data.couches is {couches}, expected the share of slices that get one, from 0 to 1.")
         self.paths, self.validation, self.dataset, self.licence = paths, validation, dataset, licence
-        self.zooms = zooms
+        self.zooms, self.couches = zooms, couches
 
     def load(self) -> tuple[Tensor, Tensor, Any]:
         """Reads every volume and splits off the validation images."""
@@ -305,7 +326,12 @@ class CTTraining(PriorTraining):
                 f"Nothing is left to train on: data.paths {self.paths} hold {names} and validation takes all of it."
             )
         slices = torch.cat(train)[:, None]
-        return torch.cat([zoom_out(slices, zoom) for zoom in self.zooms]), torch.cat(validation)[:, None], self._encode
+        images = torch.cat([zoom_out(slices, zoom) for zoom in self.zooms])
+        for i in range(len(images)):
+            generator = make_generator(self.seed, "couch", i)
+            if torch.rand((), generator=generator) < self.couches:
+                images[i] = draw_couch(images[i], generator)
+        return images, torch.cat(validation)[:, None], self._encode
 
     def _held_out(self, names: list[str], patients: Sequence[Sequence[str]]) -> list[Tensor]:
         """Returns for each file which of its slices validate: no patient both trains and validates."""
@@ -352,9 +378,10 @@ def zoom_out(images: Tensor, zoom: float) -> Tensor:
     if inner == (H, W):
         return images
     top, left = (H - inner[0]) // 2, (W - inner[1]) // 2
-    frame = torch.full_like(images, AIR)
+    frame = torch.full_like(images, int(AIR))
     for i, image in enumerate(images):  # one at a time: a float copy of all of them would be large
-        small = nnf.interpolate(image[None].float(), inner, mode="bilinear", antialias=True)[0]
+        # Bicubic: a bilinear kernel, antialiased, would take away most of the scanner's noise.
+        small = nnf.interpolate(image[None].float(), inner, mode="bicubic", antialias=True)[0]
         frame[i, :, top : top + inner[0], left : left + inner[1]] = small.round().short()
     return frame
 

@@ -27,6 +27,7 @@ class LinearOperator(nn.Module, ABC):
     two.
 
     Attributes:
+        complex_images: Whether the image's two channels are the real and imaginary parts of complex numbers.
         image_shape: Shape of one image without the batch dimension, `(C, *S)`.
         measurement_shape: Shape of one measurement without the batch dimension.
         noise_std: Standard deviation of the measurement noise, in units of `y`: `(B,)` (one a sample), the
@@ -37,6 +38,7 @@ class LinearOperator(nn.Module, ABC):
         measurement_shape: See above.
     """
 
+    complex_images: bool = False
     noise_std: Tensor | None
     _anchor: Tensor
 
@@ -131,6 +133,29 @@ class LinearOperator(nn.Module, ABC):
         std = case.noise_std
         bound.noise_std = None if std is None else torch.as_tensor(std).to(self.device, self.dtype)
         return bound
+
+    def select_cases(self: T, chosen: slice, num_cases: int) -> T:
+        """Returns the physics of some cases of a batch: their noise levels, and whatever else is theirs alone.
+
+        Args:
+            chosen: Which cases.
+            num_cases: Cases that the operator is bound to.
+        """
+        if num_cases == 1:
+            return self
+        clone = self._shallow_copy()
+        std = self.noise_std
+        if std is not None and std.ndim in (1, 1 + len(self.measurement_shape)) and len(std) == num_cases:
+            clone.noise_std = std[chosen]
+        for name, part in self._modules.items():
+            if isinstance(part, LinearOperator):
+                clone._modules[name] = part.select_cases(chosen, num_cases)
+        return clone
+
+    def restrict(self, y: Tensor) -> Tensor:
+        """Returns `y` with zeros where nothing was measured; here everything was."""
+        self._check(y, self.measurement_shape, "measurements")
+        return y
 
     def whiten(self, y: Tensor) -> tuple[LinearOperator, Tensor, Tensor | None]:
         """Returns `(W A, W y, std)` with `W = min(noise_std) / noise_std`: the noise left is homogeneous.
@@ -255,6 +280,8 @@ class ComposedOperator(LinearOperator):
             )
         super().__init__(inner.image_shape, outer.measurement_shape)
         self.outer, self.inner = outer, inner
+        same_channels = inner.image_shape[0] == outer.image_shape[0]
+        self.complex_images = inner.complex_images or (outer.complex_images and same_channels)
         self._anchor = inner._anchor
 
     def forward(self, x: Tensor) -> Tensor:
@@ -278,6 +305,7 @@ class ScaledOperator(LinearOperator):
     def __init__(self, operator: LinearOperator, scalar: float) -> None:
         super().__init__(operator.image_shape, operator.measurement_shape)
         self.operator, self.scalar = operator, scalar
+        self.complex_images = operator.complex_images
         self._anchor = operator._anchor
 
     def forward(self, x: Tensor) -> Tensor:
@@ -306,6 +334,7 @@ class WhitenedOperator(LinearOperator):
     def __init__(self, operator: LinearOperator, weights: Tensor) -> None:
         super().__init__(operator.image_shape, operator.measurement_shape)
         self.operator = operator
+        self.complex_images = operator.complex_images
         self.register_buffer("weights", weights, persistent=False)
         self._anchor = operator._anchor
 
@@ -316,6 +345,13 @@ class WhitenedOperator(LinearOperator):
     def adjoint(self, y: Tensor) -> Tensor:
         """Returns `A^T W y`."""
         return self.operator.adjoint(self.weights * y)
+
+    def select_cases(self, chosen: slice, num_cases: int) -> WhitenedOperator:
+        """Returns `W A` of some cases; see `LinearOperator.select_cases`."""
+        clone = super().select_cases(chosen, num_cases)
+        if self.weights.ndim == 1 + len(self.measurement_shape) and len(self.weights) == num_cases > 1:
+            clone.weights = self.weights[chosen]
+        return clone
 
     def norm(self) -> float:
         """Returns `||A||`, an upper bound of `||W A||`: the same number whatever cases share the batch."""

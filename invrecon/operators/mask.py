@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from invrecon.errors import InputError
+from invrecon.operators.fourier import channels_to_complex, complex_to_channels, fft2c, ifft2c
 from invrecon.operators.spectral import Exact, SpectralOperator, Spectrum, image_size
 from invrecon.rng import make_generator
 
@@ -140,6 +141,8 @@ class FourierMask(SpectralOperator):
         InputError: A mask that is no matrix or measures nothing.
     """
 
+    complex_images = True
+
     def __init__(self, mask: Mask) -> None:
         kept = _mask_matrix(mask, "FourierMask")
         super().__init__((2, *kept.shape), (2, *kept.shape))
@@ -148,12 +151,12 @@ class FourierMask(SpectralOperator):
     def forward(self, x: Tensor) -> Tensor:
         """Returns k-spaces `m F x`, `(B, 2, H, W)`."""
         self._check(x, self.image_shape, "images")
-        return self._mask.to(x) * centred_fft(x)
+        return self._mask.to(x) * complex_to_channels(fft2c(channels_to_complex(x)))
 
     def adjoint(self, y: Tensor) -> Tensor:
         """Returns the images `F^H m y` of zero-filled k-spaces, `(B, 2, H, W)`."""
         self._check(y, self.measurement_shape, "measurements")
-        return centred_ifft(self._mask.to(y) * y)
+        return complex_to_channels(ifft2c(channels_to_complex(self._mask.to(y) * y)))
 
     def baseline(self, y: Tensor) -> Tensor:
         """Returns the zero-filled reconstruction, which is also `A^+ y`."""
@@ -194,27 +197,11 @@ class FourierSpectrum(MaskSpectrum):
 
     def to_spectrum(self, x: Tensor) -> Tensor:
         """Returns `F x`, flattened: all real parts, then all imaginary parts."""
-        return centred_fft(x).flatten(1)
+        return complex_to_channels(fft2c(channels_to_complex(x))).flatten(1)
 
     def to_image(self, c: Tensor) -> Tensor:
         """Returns `F^H c`."""
-        return centred_ifft(c.unflatten(1, self.image_shape))
-
-
-def centred_fft(x: Tensor) -> Tensor:
-    """Returns the centred orthonormal 2-D Fourier transform of `(B, 2, H, W)`, real and imaginary channels."""
-    return _centred(x, torch.fft.fft2)
-
-
-def centred_ifft(y: Tensor) -> Tensor:
-    """Returns the inverse of `centred_fft`, which is also its adjoint."""
-    return _centred(y, torch.fft.ifft2)
-
-
-def _centred(x: Tensor, transform: Callable[..., Tensor]) -> Tensor:
-    shifted = torch.fft.ifftshift(torch.complex(x[:, 0], x[:, 1]), dim=(-2, -1))
-    z = torch.fft.fftshift(transform(shifted, norm="ortho"), dim=(-2, -1))
-    return torch.stack((z.real, z.imag), 1)
+        return complex_to_channels(ifft2c(channels_to_complex(c.unflatten(1, self.image_shape))))
 
 
 def _mask_matrix(mask: Mask, name: str) -> Tensor:

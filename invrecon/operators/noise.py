@@ -92,6 +92,38 @@ class RelativeGaussianNoise(NoiseModel):
         return noisy, self.level * _mean_abs(noisy)
 
 
+class SNRNoise(NoiseModel):
+    r"""White Gaussian noise at a signal-to-noise ratio over what was measured, as in MRI.
+
+        y' = y + std n   where y != 0,   std^2 = mean(y^2 : y != 0) / 10^(snr / 10)
+
+    Entries that are exactly zero were not measured (k-space off the mask) and stay zero. Real and imaginary parts are
+    entries of their own, so `std` is that of each of them. The level reported is that of `y'`,
+    `std'^2 = mean(y'^2) / (10^(snr / 10) + 1)`, which agrees with `std` to a fraction of a per cent.
+
+    Args:
+        snr: Power of signal over that of noise [dB].
+    """
+
+    def __init__(self, snr: float = 30.0) -> None:
+        if not math.isfinite(snr):
+            raise InputError(f"SNRNoise: snr must be a finite number of decibels, got {snr}; use NoNoise for none.")
+        self.snr = float(snr)
+
+    def sample(
+        self, y: Tensor, generators: Sequence[torch.Generator], *, length_mm: float | Tensor = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Returns `y + std n` where `y` is not zero, and the level of `y'`, `(B,)`."""
+        _check_generators(y, generators)
+        measured = (y != 0).to(y)
+        count = measured.flatten(1).sum(1).clamp(min=1)
+        ratio = 10 ** (self.snr / 10)
+        std = (y.square().flatten(1).sum(1) / count / ratio).sqrt()
+        noise = std.reshape(-1, *(1,) * (y.ndim - 1)) * randn(y.shape[1:], generators, like=y)
+        noisy = y + measured * noise
+        return noisy, (noisy.square().flatten(1).sum(1) / count / (ratio + 1)).sqrt()
+
+
 class TransmissionPoisson(NoiseModel):
     r"""Photon noise of a transmission scan, log-transformed back to line integrals of intensity.
 

@@ -1,4 +1,7 @@
-"""What every linear operator must satisfy: a new operator gets all of it by one parametrize line.
+"""What every linear operator must satisfy.
+
+An operator whose arguments all have defaults, `size` among them, gets all of it by itself, for images of 8 x 8 pixels
+(`test_every_operator.py`). Others, and more shapes, are given by one parametrize line:
 
     @pytest.mark.parametrize("check", CHECKS)
     @pytest.mark.parametrize("make", [lambda: MyOperator(...)])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from invrecon.data.couches import draw_couch
 from invrecon.data.training import CTTraining, PatchBatch, PatchStream, zoom_out
 from invrecon.errors import InputError
 from invrecon.rng import make_generator
@@ -168,3 +169,48 @@ def test_every_zoom_of_every_slice_is_trained_on(scans: Callable[..., Path]) -> 
     for zooms in ([], [0.0], [1.2]):
         with pytest.raises(InputError, match="zooms"):
             CTTraining(str(folder), zooms=zooms)
+
+
+def patient(side: int = 64) -> torch.Tensor:
+    """A disk of water in air, in HU."""
+    grid = torch.linspace(-1, 1, side)
+    return torch.where(grid[:, None] ** 2 + grid**2 < 0.5**2, 0, -1000).short()[None]
+
+
+def test_a_couch_lies_under_the_patient_and_leaves_him_as_he_is() -> None:
+    image = patient()
+    drawn = torch.stack([draw_couch(image, make_generator(0, i)) for i in range(40)])
+    assert drawn.dtype == image.dtype
+    assert torch.equal(drawn[:, image > -1000], image[image > -1000].expand(40, -1))
+    changed = drawn != image
+    share = changed.flatten(1).float().mean(dim=1)
+    assert (share > 0).float().mean() > 0.9 and share.max() < 0.6
+    rows = torch.arange(64.0)[:, None].expand(64, 64)
+    middle = changed[..., 31:33] & (rows > 32)[:, 31:33]
+    assert all(float(rows[:, 31:33][c[0]].min()) >= 46 for c in middle if c.any())  # the patient ends at row 48
+    assert drawn.max() <= 100 and drawn.min() >= -1000
+
+
+def test_couches_of_every_width_fill_thin_shells_by_their_share_of_a_pixel() -> None:
+    # Twice the resolution, the same couch: its mass, in the units of the image, stays.
+    coarse, fine = patient(64), patient(256)
+    for i in range(10):
+        mass = [
+            float((draw_couch(image, make_generator(1, i)).float() - image).sum()) / image.numel()
+            for image in (coarse, fine)
+        ]
+        assert abs(mass[0] - mass[1]) < 0.15 * mass[1] + 1
+
+
+def test_a_share_of_the_training_images_gets_a_couch_and_no_validation_image(scans: Callable[..., Path]) -> None:
+    folder = scans(a=[-90] * 40, c=[-91])  # no tissue: nobody lies on the couch
+    frame = {"size": 8, "patch_sizes": [4], "probabilities": [1.0], "pad": 0}
+    none, half, again, all_ = (
+        CTTraining(str(folder), ["c.h5"], couches=share, **frame).load() for share in (0.0, 0.5, 0.5, 1.0)
+    )
+    assert torch.equal(half[0], again[0])
+    changed = [(x[0] != none[0]).flatten(1).any(dim=1).sum() for x in (half, all_)]
+    assert 0 < changed[0] < changed[1] <= 40
+    assert all(torch.equal(x[1], none[1]) for x in (half, all_))
+    with pytest.raises(InputError, match="couches"):
+        CTTraining(str(folder), couches=1.5)

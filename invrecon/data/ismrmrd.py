@@ -1,0 +1,119 @@
+"""ISMRMRD raw data: readouts with a header each, sorted into the k-space of slices; read by h5py alone.
+
+Source: Inati et al., "ISMRM Raw data format", MRM 77 (2017); the format's documentation, ismrmrd.github.io.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from invrecon.data.hdf5 import brief, open_hdf5
+from invrecon.data.kspace import KSpace, header_values
+from invrecon.errors import InputError
+
+GROUP = "dataset"
+# Numbers (from 1) of the flags of readouts that are no part of k-space: noise, navigation, phase correction, dummies,
+# feedback and coil correction.
+NOT_IMAGING = (19, 23, 24, 27, 28, 29, 30)
+SINGLE = ("kspace_encode_step_2", "contrast", "phase", "repetition", "set")
+
+
+class ISMRMRDFile(KSpace):
+    """Cartesian two-dimensional ISMRMRD data; averages are averaged, lines for calibration take part.
+
+    Raises:
+        InputError: The header is not understood or contradicts the readouts, or the scan is no stack of Cartesian
+            slices of one contrast.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with open_hdf5(path) as file:
+            try:
+                xml = file[GROUP]["xml"][0]
+                heads = file[GROUP]["data"]["head"]
+                encoded = header_values(xml, "encodedSpace", "matrixSize")
+                asked = header_values(xml, "reconSpace", "matrixSize")
+                field = header_values(xml, "encodedSpace", "fieldOfView_mm")
+                self._centre = _limit(xml, "center", int(encoded[1]) // 2)
+            except Exception as error:
+                raise InputError(
+                    f"The ISMRMRD header of {path} is not understood ({brief(error)}); expected '{GROUP}/xml' with "
+                    f"encodedSpace and reconSpace, and readouts in '{GROUP}/data'."
+                ) from error
+        skipped = sum(1 << (number - 1) for number in NOT_IMAGING)
+        self._lines = np.nonzero((heads["flags"] & np.uint64(skipped)) == 0)[0]
+        self._heads = heads[self._lines]
+        self._encoded = (int(encoded[0]), int(encoded[1]))
+        self._check()
+        slices = self._heads["idx"]["slice"]
+        num_coils = int(self._heads["active_channels"][0])
+        self._finish((int(slices.max()) + 1, num_coils, *self._encoded))
+        height, width = min(int(asked[0]), self._encoded[0]), min(int(asked[1]), self._encoded[1])
+        self.shape, self.matrix = (*self.shape[:2], height, self._encoded[1]), (height, width)
+        self.states_mask = len(np.unique(self._columns())) < self._encoded[1]
+        self.voxel_mm = (field[2] / encoded[2], field[0] / encoded[0], field[1] / encoded[1])
+
+    def _columns(self) -> np.ndarray:
+        return self._heads["idx"]["kspace_encode_step_1"].astype(int) + self._encoded[1] // 2 - self._centre
+
+    def _check(self) -> None:
+        heads = self._heads
+        if not len(heads):
+            raise InputError(f"{self.path} holds no imaging readout; see that the scan was written to the end.")
+        if several := [name for name in SINGLE if len(np.unique(heads["idx"][name])) > 1]:
+            raise InputError(
+                f"{self.path} holds several values of {', '.join(several)}, expected slices of one contrast in two "
+                "dimensions: write one of them to a file of its own (a third dimension transformed to images)."
+            )
+        if (heads["trajectory_dimensions"] > 0).any():
+            raise InputError(f"{self.path} holds readouts along trajectories, expected Cartesian ones.")
+        if len(np.unique(heads["active_channels"])) > 1:
+            raise InputError(f"The readouts of {self.path} differ in their number of coils; expected one number.")
+        columns = self._columns()
+        start = self._encoded[0] // 2 - heads["center_sample"].astype(int)
+        end = start + heads["number_of_samples"].astype(int)
+        if columns.min() < 0 or columns.max() >= self._encoded[1] or start.min() < 0 or end.max() > self._encoded[0]:
+            raise InputError(
+                f"The header of {self.path} says that k-space has {self._encoded[0]} x {self._encoded[1]} samples, but "
+                f"there are readouts in columns {columns.min()} to {columns.max()} with rows {start.min()} to "
+                f"{end.max() - 1}: the header belongs to other data."
+            )
+
+    def _read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        chosen = np.nonzero(self._heads["idx"]["slice"] == index)[0]
+        num_coils, columns = self.shape[1], self._columns()
+        total = np.zeros((num_coils, *self._encoded), dtype=np.complex64)
+        count = np.zeros(self._encoded[1], dtype=int)
+        with open_hdf5(self.path) as file:
+            stored = file[GROUP]["data"]
+            for n in chosen:
+                head, line = self._heads[n], columns[n]
+                values = np.asarray(stored[int(self._lines[n])]["data"], dtype=np.float32).view(np.complex64)
+                values = values.reshape(num_coils, -1)
+                top = self._encoded[0] // 2 - int(head["center_sample"])
+                total[:, top : top + values.shape[1], line] += values
+                count[line] += 1
+        return total / np.maximum(count, 1), count[None] > 0
+
+
+def is_ismrmrd(file: Any) -> bool:
+    """Whether an open HDF5 file is ISMRMRD raw data."""
+    group = file.get(GROUP)
+    return hasattr(group, "keys") and "xml" in group and "data" in group
+
+
+def _limit(xml: bytes | str, name: str, default: int) -> int:
+    """Returns an entry of the limits of the phase encoding; the default if there is none."""
+    from xml.etree import ElementTree
+
+    from fastmri.data.mri_data import et_query
+
+    path = ["encoding", "encodingLimits", "kspace_encoding_step_1", name]
+    try:
+        return int(et_query(ElementTree.fromstring(xml), path))
+    except RuntimeError:
+        return default

@@ -1,0 +1,321 @@
+"""Cases of MRI for `test` and `predict`, from k-space or simulated from magnitude volumes, and priors' training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from invrecon.data.cases import Case
+from invrecon.data.hdf5 import HDF5_SUFFIXES, open_hdf5, text_of
+from invrecon.data.kspace import (
+    ARRAY_SUFFIXES,
+    MAGNITUDE,
+    RAW_SUFFIX,
+    KSpace,
+    calibration_scale,
+    image_kspace,
+    is_block,
+    is_kspace,
+    open_kspace,
+)
+from invrecon.data.reconstruction import ReconstructionData, case_id, resolve_paths
+from invrecon.data.training import PriorTraining, held_out_names
+from invrecon.data.volume import Volume, suffix_of
+from invrecon.data.volumes import find_volumes, open_volume, parse_slices
+from invrecon.errors import InputError
+from invrecon.operators.coils import CoilMaps, ESPIRiT, simulated_maps, smooth_phase, with_phase
+from invrecon.operators.mri import CartesianMRI
+from invrecon.operators.sampling import Sampling
+from invrecon.rng import make_generator
+
+LEAST_SIGNAL = 0.1  # of a training slice's scale, relative to the largest of its volume: the others are air
+
+
+class MRIData(ReconstructionData):
+    """Slices of k-space, or of magnitude volumes whose k-space will be simulated, with their maps, masks and scales.
+
+    K-space that was fully sampled is undersampled by `sampling`, each case by a mask of its own, and its reference is
+    the combination of coils of all that was measured, `sum_c conj(s_c) F^H y_c`; where the scanner undersampled, its
+    mask holds and there is no reference. Maps are estimated from the calibration region (ACS) that is left. A magnitude
+    volume gets a smooth random phase and simulated coils, whose maps the reconstruction is told. Every draw is a
+    function of (seed, case).
+
+    Images are divided by the 99th percentile of the image of the calibration region, each case by its own: nothing that
+    the scanner does not tell is used. Results are written in the file's own units.
+
+    Args:
+        paths: fastMRI, ISMRMRD, npy or cfl files of k-space, HDF5 files of complex or magnitude images, NIfTI or NRRD
+            files, folders of DICOM; or folders of these.
+        slices: Selection applied to each file: '3', '1,4,9' or '10:90:5' (end excluded); None is all.
+        size: Side of simulated images in pixels; volumes are cropped or zero-padded to it. K-space keeps its own size.
+        sampling: What is measured of fully sampled k-space; all of it if None.
+        maps: Estimates coil sensitivities of measured k-space; ESPIRiT with kernels of 4 samples if None, for which ten
+            columns of calibration are enough (with 6, a part of the body is lost).
+        num_coils: Coils that see a magnitude volume; 1 is of sensitivity 1.
+        seed: Of masks, phases and simulated coils.
+        batch_size: Cases reconstructed at once.
+        num_workers: Processes that read ahead and estimate maps.
+        dataset: HDF5 key of volumes and of complex arrays that are not called `kspace`.
+    """
+
+    def __init__(
+        self,
+        paths: list[str] | str,
+        slices: str | None = None,
+        size: int = 256,
+        sampling: Sampling | None = None,
+        maps: CoilMaps | None = None,
+        num_coils: int = 8,
+        seed: int = 0,
+        batch_size: int = 1,
+        num_workers: int = 0,
+        dataset: str = "data",
+    ) -> None:
+        super().__init__(paths, slices, size, batch_size, num_workers, dataset)
+        if num_coils < 1:
+            raise InputError(f"data.num_coils is {num_coils}, expected at least 1.")
+        self.sampling, self.maps, self.num_coils, self.seed = sampling, maps or ESPIRiT(kernel_size=4), num_coils, seed
+        self.intensity = MAGNITUDE
+        self._first: Case | None = None  # the first of the first file, which is often the only one
+
+    def setup(self, stage: str | None = None) -> None:
+        """Finds the files, reads every selected slice and makes the first case of each, so that nothing fails later.
+
+        Raises:
+            InputError: If a file or selection is of no use, or two files have one name.
+        """
+        if self._files is not None:
+            return
+        files: list[Any] = []
+        stems: dict[str, Path] = {}
+        for path in self._find():
+            file = self._open(path)
+            if file.stem in stems:
+                raise InputError(
+                    f"{path} and {stems[file.stem]} have the same name, which names their results; rename one."
+                )
+            stems[file.stem] = path
+            indices = parse_slices(self.slices, len(file), name=str(path))
+            for index in indices:
+                file.read(index)
+            first = self._make(file, indices[0])
+            self._first = self._first or first
+            files.append((file, indices))
+        self._files = files
+
+    def load(self, file: Any, index: int) -> Case:
+        """Reads one case, and estimates its maps or simulates what it lacks."""
+        known = self._first
+        return known if known is not None and known.id == case_id(file.path, index) else self._make(file, index)
+
+    def _make(self, file: Any, index: int) -> Case:
+        name = case_id(file.path, index)
+        try:
+            return self._measured(file, index, name) if isinstance(file, KSpace) else self._imaged(file, index, name)
+        except InputError as error:
+            if str(file.path) in str(error):
+                raise
+            raise InputError(f"{file.path}, slice {index}: {error}") from None
+
+    def _measured(self, file: KSpace, index: int, name: str) -> Case:
+        full, mask = file.read(index)
+        complete = not file.states_mask and is_block(mask)
+        if complete:
+            mask = mask & self._draw_mask(mask, name)
+        y = full * mask[..., None]
+        maps = self.maps(y, mask) if file.shape[1] > 1 else None
+        scale = calibration_scale(y, mask)
+        reference = None
+        if complete:
+            reference = CartesianMRI((mask.shape[0], mask.shape[1]), maps=maps).adjoint(full[None])[0] / scale
+        return Case(
+            id=name,
+            patient=file.patient,
+            source=str(file.path),
+            index=index,
+            reference=reference,
+            measurement=y / scale,
+            geometry=None if file.matrix is None else {"type": "cartesian", "matrix": file.matrix},
+            voxel_mm=file.voxel_mm,
+            maps=maps,
+            mask=mask,
+            scale=scale,
+        )
+
+    def _imaged(self, file: Volume, index: int, name: str) -> Case:
+        x = random_phase(fit(magnitude_of(file, index), self.size), make_generator(self.seed, "phase", name))
+        size = (self.size, self.size)
+        maps = None
+        if self.num_coils > 1:
+            maps = simulated_maps(self.num_coils, size, make_generator(self.seed, "coils", name))
+        mask = self._draw_mask(torch.ones(size, dtype=torch.bool), name)
+        scale = calibration_scale(image_kspace(x, maps), mask) or 1.0  # of a slice of plain air
+        return Case(
+            id=name,
+            patient=file.patients[index],
+            source=str(file.path),
+            index=index,
+            reference=x / scale,
+            voxel_mm=file.voxel_mm,
+            maps=maps,
+            mask=mask,
+            scale=scale,
+        )
+
+    def _draw_mask(self, like: Tensor, name: str) -> Tensor:
+        if self.sampling is None:
+            return torch.ones_like(like)
+        return self.sampling((like.shape[0], like.shape[1]), make_generator(self.seed, "mask", name))
+
+    def _find(self) -> list[Path]:
+        return find_mri(resolve_paths(self.paths))
+
+    def _open(self, path: Path) -> Any:
+        return open_kspace(path, self.dataset) if is_kspace(path, self.dataset) else open_magnitudes(path, self.dataset)
+
+
+class MRITraining(PriorTraining):
+    """Complex slices: magnitude volumes, each slice with random smooth phases, held in memory as half floats.
+
+    A slice is divided by the 99th percentile of the image of its central k-space, as measurements are; slices with
+    hardly any signal are left out.
+
+    Args:
+        paths: HDF5 (dataset, slices first), NIfTI or NRRD files, DICOM folders, or folders of these.
+        validation: Names of files kept out of training for validation; by default the last file.
+        dataset: HDF5 key of the volumes.
+        num_phases: Random phases that a slice is seen with.
+        size: Side of the images in pixels; slices are cropped or zero-padded to it.
+        patch_sizes: Patch sides in pixels, largest first; `[size]` with `pad: 0` trains on whole images.
+        probabilities: Of each patch size.
+        pad: Width of the zero border in pixels.
+        pixels_per_batch: Pixels a step and process.
+        batches_per_epoch: Steps between validations.
+        validation_batches: Fixed batches in a validation.
+        seed: Seed of phases, order, places and noise.
+        num_workers: Worker processes that draw patches.
+        licence: Licence of the data, for the prior's card.
+    """
+
+    def __init__(
+        self,
+        paths: list[str] | str,
+        validation: list[str] | None = None,
+        dataset: str = "data",
+        num_phases: int = 4,
+        size: int = 256,
+        patch_sizes: list[int] = [56, 32, 16],  # noqa: B006
+        probabilities: list[float] = [0.5, 0.3, 0.2],  # noqa: B006
+        pad: int = 24,
+        pixels_per_batch: int = 100352,
+        batches_per_epoch: int = 250,
+        validation_batches: int = 8,
+        seed: int = 0,
+        num_workers: int = 0,
+        licence: str = "not stated",
+    ) -> None:
+        super().__init__(
+            size, patch_sizes, probabilities, pad, pixels_per_batch, batches_per_epoch, validation_batches, seed,
+            num_workers,
+        )  # fmt: skip
+        if num_phases < 1:
+            raise InputError(f"data.num_phases is {num_phases}, expected at least 1.")
+        self.paths, self.validation, self.dataset = paths, validation, dataset
+        self.num_phases, self.licence = num_phases, licence
+        self.intensity = MAGNITUDE
+
+    def load(self) -> tuple[Tensor, Tensor, Any]:
+        """Reads every volume, splits off the validation images and draws the phases."""
+        files = find_volumes(resolve_paths(self.paths))
+        names = [file.name for file in files]
+        held_out = held_out_names(names, self.validation, 1, self.paths)
+        images: dict[bool, list[Tensor]] = {True: [], False: []}
+        for path in files:
+            images[path.name in held_out].append(self._read(path))
+        self.train_names = [name for name in names if name not in held_out]
+        return torch.cat(images[False]), torch.cat(images[True]), Tensor.float
+
+    def _read(self, path: Path) -> Tensor:
+        """Returns the slices of a volume that have signal, `(num_phases N, 2, size, size)`, half."""
+        volume = open_magnitudes(path, self.dataset)
+        slices = [fit(magnitude_of(volume, index), self.size) for index in range(len(volume))]
+        everything = torch.ones(self.size, self.size, dtype=torch.bool)
+        images, scales = [], []
+        for index, magnitude in enumerate(slices):
+            for k in range(self.num_phases):
+                x = random_phase(magnitude, make_generator(self.seed, "phase", volume.stem, index, k))
+                scales.append(calibration_scale(image_kspace(x), everything))
+                images.append((x / (scales[-1] or 1.0)).half())
+        chosen = [x for x, scale in zip(images, scales, strict=True) if scale > LEAST_SIGNAL * max(scales)]
+        if not chosen:
+            raise InputError(f"{path} is zero throughout, so there is nothing to learn from it; leave it out.")
+        return torch.stack(chosen)
+
+
+def open_magnitudes(path: Path, dataset: str = "data") -> Volume:
+    """Opens a volume of magnitudes, in whatever units it says it is.
+
+    Raises:
+        InputError: As `open_volume`.
+    """
+    units = "HU"  # what readers say of files that say nothing
+    if not path.is_dir() and suffix_of(path) in HDF5_SUFFIXES:
+        with open_hdf5(path) as file:
+            attrs = {**file.attrs, **(file[dataset].attrs if dataset in file else {})}
+            units = text_of(attrs.get("units", units))
+    return open_volume(path, dataset=dataset, units=units)
+
+
+def magnitude_of(volume: Volume, index: int) -> Tensor:
+    """Returns slice `index` of a volume of magnitudes, `(H, W)`.
+
+    Raises:
+        InputError: It has negative values, as CT and phase images have.
+    """
+    values = volume.read(index)
+    low, high = float(values.amin()), float(values.amax())
+    if low < -0.01 * max(high, 0):
+        raise InputError(
+            f"Slice {index} of {volume.path} reaches from {low:g} to {high:g}, expected magnitudes >= 0: is it CT or a "
+            "phase image?"
+        )
+    return values.clamp(min=0)
+
+
+def random_phase(magnitude: Tensor, generator: torch.Generator) -> Tensor:
+    """Returns a complex image `(2, H, W)` of a magnitude `(H, W)` and a smooth random phase."""
+    return with_phase(magnitude, smooth_phase((magnitude.shape[0], magnitude.shape[1]), generator))
+
+
+def fit(image: Tensor, size: int) -> Tensor:
+    """Returns the middle `(size, size)` of an image `(H, W)`, zero-padded where it is smaller."""
+    H, W = image.shape
+    out = image.new_zeros(size, size)
+    rows, columns = min(H, size), min(W, size)
+    top, left = H // 2 - rows // 2, W // 2 - columns // 2
+    to_top, to_left = size // 2 - rows // 2, size // 2 - columns // 2
+    out[to_top : to_top + rows, to_left : to_left + columns] = image[top : top + rows, left : left + columns]
+    return out
+
+
+def find_mri(paths: list[Path]) -> list[Path]:
+    """Lists the files that `paths` name; folders are searched for k-space and volumes.
+
+    Raises:
+        InputError: If a folder holds neither.
+    """
+    found: dict[Path, None] = {}
+    for path in paths:
+        arrays = []
+        if path.is_dir():
+            arrays = sorted(file for file in path.rglob("*") if suffix_of(file) in (*ARRAY_SUFFIXES, RAW_SUFFIX))
+        found.update(dict.fromkeys(arrays))
+        try:
+            found.update(dict.fromkeys(find_volumes(path)))
+        except InputError:
+            if not arrays:
+                raise
+    return list(found)

@@ -1,0 +1,311 @@
+"""K-space files: what we write is what fastmri reads, every format gives the same arrays, and bad files say why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from fastmri.data import SliceDataset
+from torch import Tensor
+
+from invrecon.data.ismrmrd import GROUP
+from invrecon.data.kspace import (
+    calibration_scale,
+    crop,
+    crop_readout,
+    fastmri_header,
+    image_kspace,
+    is_block,
+    is_kspace,
+    open_kspace,
+    write_fastmri,
+)
+from invrecon.errors import InputError
+from invrecon.operators.fourier import complex_to_pairs, fft2c, ifft2c, pairs_to_complex
+
+N, COILS, H, W = 2, 3, 16, 14
+
+
+@pytest.fixture
+def kspace() -> Tensor:
+    return torch.randn(N, COILS, H, W, 2)
+
+
+@pytest.mark.parametrize("coils", [1, COILS])
+@pytest.mark.parametrize("matrix", [None, (16, 10)])
+def test_fastmri_reads_what_we_write_to_the_same_arrays_as_we_do(
+    tmp_path: Path, kspace: Tensor, coils: int, matrix: tuple[int, int] | None
+) -> None:
+    path = tmp_path / "folder" / "file.h5"
+    write_fastmri(path, kspace[:, :coils], matrix=matrix, patient="p", acquisition="AXT2")
+    theirs = SliceDataset(path.parent, "multicoil" if coils > 1 else "singlecoil")
+    ours = open_kspace(path)
+    assert len(theirs) == len(ours) == N and ours.patient == "p"
+    for index in range(N):
+        values, mask, target, attrs, name, number = theirs[index]
+        y, kept = ours.read(index)
+        assert mask is None and kept.all() and (name, number) == ("file.h5", index)
+        assert np.array_equal(values if coils > 1 else values[None], pairs_to_complex(y).numpy())
+        assert torch.equal(y, kspace[index, :coils])
+        images = crop(ifft2c(pairs_to_complex(y)), matrix or (H, W))
+        assert np.allclose(target, images.abs().square().sum(0).sqrt(), rtol=1e-5)
+        assert attrs["recon_size"][:2] == ours.matrix == (matrix or (H, W))
+        assert attrs["encoding_size"] == (H, W, 1) and (attrs["padding_left"], attrs["padding_right"]) == (0, W)
+        assert attrs["acquisition"] == "AXT2"
+    assert ours.maximum == pytest.approx(max(float(theirs[i][2].max()) for i in range(N)))
+    assert ours.voxel_mm == (5.0, 1.0, 1.0)
+
+
+def test_a_file_of_the_test_set_has_a_mask_and_no_reference(tmp_path: Path, kspace: Tensor) -> None:
+    mask = torch.arange(W) % 2 == 0
+    write_fastmri(tmp_path / "a.h5", kspace, mask=mask)
+    _, theirs, target, *_ = SliceDataset(tmp_path, "multicoil")[1]
+    file = open_kspace(tmp_path / "a.h5")
+    y, kept = file.read(1)
+    assert target is None and file.states_mask
+    assert torch.equal(kept, mask.expand(H, W)) and np.array_equal(theirs, mask.numpy())
+    assert torch.equal(y, kspace[1] * mask[:, None])
+
+
+def test_columns_that_pad_kspace_were_not_measured(tmp_path: Path, kspace: Tensor) -> None:
+    kspace[..., :3, :] = 0
+    write_fastmri(tmp_path / "a.h5", kspace)
+    _, kept = open_kspace(tmp_path / "a.h5").read(0)
+    assert not kept[:, :3].any() and kept[:, 3:].all() and is_block(kept)
+    kept[:, 7] = False
+    assert not is_block(kept)
+
+
+@pytest.mark.parametrize(("num", "rows"), [(16, 8), (16, 9), (15, 7), (15, 10)])
+def test_readout_oversampling_is_removed_exactly(num: int, rows: int) -> None:
+    z = torch.randn(2, num, 6, dtype=torch.complex128)
+    assert torch.allclose(ifft2c(crop_readout(z, rows)), crop(ifft2c(z), (rows, 6)), atol=1e-12)
+
+
+def test_an_oversampled_file_gives_the_image_that_was_asked_for(tmp_path: Path, kspace: Tensor) -> None:
+    write_fastmri(tmp_path / "a.h5", kspace, matrix=(8, 10))
+    file = open_kspace(tmp_path / "a.h5")
+    y, kept = file.read(0)
+    assert file.shape == (N, COILS, 8, W) and file.matrix == (8, 10) and kept.shape == (8, W)
+    image, whole = (ifft2c(pairs_to_complex(k)) for k in (y, kspace[0]))
+    assert torch.allclose(crop(image, (8, 10)), crop(whole, (8, 10)), atol=1e-5)
+
+
+def write_cfl(path: Path, kspace: Tensor, dims: list[int] | None = None) -> Path:
+    """BART's own order: readout, phase encoding, 1, coils, ..., slices in place 13; the first runs fastest."""
+    values = pairs_to_complex(kspace).permute(2, 3, 1, 0).numpy()
+    dims = dims or [kspace.shape[2], kspace.shape[3], 1, kspace.shape[1], *[1] * 9, kspace.shape[0], 1, 1]
+    path.with_suffix(".hdr").write_text("# Dimensions\n" + " ".join(map(str, dims)) + "\n")
+    path.write_bytes(values.astype(np.complex64).tobytes(order="F"))
+    return path
+
+
+def write_ismrmrd(path: Path, kspace: Tensor, columns: range | None = None, header: bytes | None = None) -> Path:
+    """One readout a column and slice, after a noise scan that is no part of k-space."""
+    counters = np.dtype(
+        [
+            *((name, "<u2") for name in ("kspace_encode_step_1", "kspace_encode_step_2", "average", "slice")),
+            *((name, "<u2") for name in ("contrast", "phase", "repetition", "set", "segment")),
+            ("user", "<u2", (8,)),
+        ]
+    )
+    head = np.dtype(
+        [
+            ("flags", "<u8"),
+            *((name, "<u2") for name in ("number_of_samples", "active_channels", "center_sample")),
+            ("trajectory_dimensions", "<u2"),
+            ("idx", counters),
+        ]
+    )
+    real = h5py.vlen_dtype(np.float32)
+    slices, coils, rows, width, _ = kspace.shape
+    lines = [(s, c) for s in range(slices) for c in (columns or range(width))]
+    data = np.zeros(len(lines) + 1, dtype=np.dtype([("head", head), ("traj", real), ("data", real)]))
+    data[0]["head"]["flags"] = 1 << 18
+    for n, (s, c) in enumerate(lines, start=1):
+        data[n]["head"]["number_of_samples"], data[n]["head"]["active_channels"] = rows, coils
+        data[n]["head"]["center_sample"] = rows // 2
+        data[n]["head"]["idx"]["slice"], data[n]["head"]["idx"]["kspace_encode_step_1"] = s, c
+        data[n]["data"] = kspace[s, :, :, c].reshape(-1).numpy()
+    data[0]["data"] = np.ones(2, np.float32)
+    for n in range(len(data)):
+        data[n]["traj"] = np.zeros(0, np.float32)
+    with h5py.File(path, "w") as file:
+        group = file.create_group(GROUP)
+        group.create_dataset("data", data=data)
+        text = header or fastmri_header((rows, width), (rows, width), (5.0, 1.0, 1.0))
+        group.create_dataset("xml", data=[text.decode()], dtype=h5py.string_dtype())
+    return path
+
+
+def write_npy(path: Path, kspace: Tensor) -> Path:
+    np.save(path, pairs_to_complex(kspace).numpy())
+    return path
+
+
+def write_hdf5(path: Path, kspace: Tensor) -> Path:
+    with h5py.File(path, "w") as file:
+        file["data"] = pairs_to_complex(kspace).numpy()
+    return path
+
+
+def write_ours(path: Path, kspace: Tensor) -> Path:
+    write_fastmri(path, kspace)
+    return path
+
+
+WRITERS = {"a.npy": write_npy, "a.h5": write_hdf5, "a.cfl": write_cfl, "b.mrd": write_ismrmrd, "c.h5": write_ours}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_gives_the_same_arrays(name: str, tmp_path: Path, kspace: Tensor) -> None:
+    path = WRITERS[name](tmp_path / name, kspace)
+    file = open_kspace(path)
+    assert is_kspace(path) and file.shape == (N, COILS, H, W) and file.stem == name[0]
+    for index in range(N):
+        y, kept = file.read(index)
+        assert torch.equal(y, kspace[index]) and kept.all()
+    with pytest.raises(InputError, match="has no slice 2"):
+        file.read(2)
+
+
+def test_a_single_slice_needs_no_axis_of_slices(tmp_path: Path, kspace: Tensor) -> None:
+    np.save(tmp_path / "a.npy", pairs_to_complex(kspace[0]).numpy())
+    assert torch.equal(open_kspace(tmp_path / "a.npy").read(0)[0], kspace[0])
+    dims = [1, H, W, COILS]  # as BART keeps a slice of a volume, its readout transformed
+    write_cfl(tmp_path / "b.cfl", kspace[:1], dims)
+    assert torch.equal(open_kspace(tmp_path / "b.hdr").read(0)[0], kspace[0])
+
+
+def test_missing_lines_of_ismrmrd_are_not_measured(tmp_path: Path, kspace: Tensor) -> None:
+    file = open_kspace(write_ismrmrd(tmp_path / "a.h5", kspace, range(0, W, 2)))
+    y, kept = file.read(1)
+    assert file.states_mask and torch.equal(kept, (torch.arange(W) % 2 == 0).expand(H, W))
+    assert torch.equal(y, kspace[1] * kept[..., None])
+
+
+def test_the_scale_is_that_of_the_calibration_region_alone() -> None:
+    image = torch.zeros(2, 32, 32)
+    image[0] = 3.0  # constant: all of its k-space is the centre
+    y, mask = image_kspace(image), torch.zeros(32, 32, dtype=torch.bool)
+    mask[:, 12:20] = True
+    assert calibration_scale(y, mask) == pytest.approx(3.0, rel=1e-5)
+    other = y.clone()
+    other[:, :, :12] = 1e3 * torch.randn(1, 32, 12, 2)  # outside the region: of no account
+    other[:, :3] = 1e3
+    assert calibration_scale(other, mask) == pytest.approx(3.0, rel=1e-5)
+    assert calibration_scale(5 * y, mask) == pytest.approx(15.0, rel=1e-5)
+    with pytest.raises(InputError, match=r"centre of k-space \(ACS\)"):
+        calibration_scale(y, ~mask)
+
+
+def test_image_kspace_is_the_forward_model() -> None:
+    image, maps = torch.randn(2, 5, 6), torch.randn(3, 5, 6, 2)
+    expected = fft2c(pairs_to_complex(maps) * torch.complex(image[0], image[1]))
+    assert torch.allclose(image_kspace(image, maps), complex_to_pairs(expected), atol=1e-6)
+
+
+def change(path: Path, action: Callable[[h5py.File], None]) -> None:
+    with h5py.File(path, "r+") as file:
+        action(file)
+
+
+def replace_header(file: h5py.File, header: object) -> None:
+    del file["ismrmrd_header"]
+    file["ismrmrd_header"] = header
+
+
+def replace_kspace(file: h5py.File, shape: tuple[int, ...], dtype: str = "c8") -> None:
+    del file["kspace"]
+    file["kspace"] = np.ones(shape, dtype)
+
+
+def mask_of_width(width: int) -> Callable[[h5py.File], None]:
+    return lambda file: file.create_dataset("mask", data=np.ones(width, bool)) and None
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        (mask_of_width(W - 1), rf"mask of .* has shape \({W - 1},\), but its k-space has {W} columns"),
+        (lambda f: replace_kspace(f, (N, 0, H, W)), "zero coils"),
+        (lambda f: replace_kspace(f, (N, COILS, H, W), "f4"), "float32 .*expected complex"),
+        (lambda f: replace_kspace(f, (N, COILS, H, W + 2)), rf"says that k-space has {H} x {W} .* has {H} x {W + 2}"),
+        (lambda f: replace_header(f, b"<no xml"), "header of .* is not understood"),
+        (lambda f: replace_header(f, b"<a/>"), "header of .* is not understood"),
+    ],
+)
+def test_a_bad_file_says_what_is_wrong(
+    action: Callable[[h5py.File], None], message: str, tmp_path: Path, kspace: Tensor
+) -> None:
+    write_fastmri(tmp_path / "a.h5", kspace)
+    change(tmp_path / "a.h5", action)
+    with pytest.raises(InputError, match=message):
+        open_kspace(tmp_path / "a.h5")
+
+
+def test_samples_that_are_no_numbers_are_counted(tmp_path: Path, kspace: Tensor) -> None:
+    kspace[1, 0, 2, 3, 0] = torch.nan
+    np.save(tmp_path / "a.npy", pairs_to_complex(kspace).numpy())
+    with pytest.raises(InputError, match=r"slice 1 in .* has 1 NaN or Inf samples"):
+        open_kspace(tmp_path / "a.npy").read(1)
+    open_kspace(tmp_path / "a.npy").read(0)
+
+
+def test_empty_kspace_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((1, H, W), np.complex64))
+    with pytest.raises(InputError, match="zero throughout"):
+        open_kspace(tmp_path / "a.npy").read(0)
+
+
+def test_a_truncated_file_is_refused(tmp_path: Path, kspace: Tensor) -> None:
+    write_fastmri(tmp_path / "a.h5", kspace)
+    whole = (tmp_path / "a.h5").read_bytes()
+    (tmp_path / "a.h5").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="truncated"):
+        open_kspace(tmp_path / "a.h5")
+    cfl = write_cfl(tmp_path / "b.cfl", kspace)
+    cfl.write_bytes(cfl.read_bytes()[:-8])
+    with pytest.raises(InputError, match="truncated"):
+        open_kspace(cfl)
+    np.save(tmp_path / "c.npy", np.ones((2, 3, 4)))
+    with pytest.raises(InputError, match="expected complex"):
+        open_kspace(tmp_path / "c.npy")
+    (tmp_path / "c.npy").write_bytes(b"no")
+    with pytest.raises(InputError, match="not a readable npy"):
+        open_kspace(tmp_path / "c.npy")
+
+
+def test_bart_dimensions_that_are_no_slices_are_refused(tmp_path: Path, kspace: Tensor) -> None:
+    with pytest.raises(InputError, match="one plane of k-space"):
+        open_kspace(write_cfl(tmp_path / "a.cfl", kspace, [H, W, N, COILS]))
+    (tmp_path / "a.hdr").write_text("nothing")
+    with pytest.raises(InputError, match="not a readable header"):
+        open_kspace(tmp_path / "a.cfl")
+
+
+def test_a_header_of_other_readouts_is_refused(tmp_path: Path, kspace: Tensor) -> None:
+    header = fastmri_header((H, W - 4), (H, W - 4), (5.0, 1.0, 1.0))
+    with pytest.raises(InputError, match=rf"says that k-space has {H} x {W - 4}"):
+        open_kspace(write_ismrmrd(tmp_path / "a.h5", kspace, header=header))
+
+
+@pytest.mark.parametrize(
+    ("shape", "arguments", "message"),
+    [
+        ((N, 0, H, W, 2), {}, "expected"),
+        ((N, H, W, 2), {}, "expected"),
+        ((N, 1, H, W, 2), {"mask": torch.ones(3)}, "an entry a column"),
+        ((N, 1, H, W, 2), {"matrix": (H + 1, W)}, "17 x 14 pixels"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(
+    shape: tuple[int, ...], arguments: dict, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        write_fastmri(tmp_path / "a.h5", torch.zeros(shape), **arguments)
+    assert not list(tmp_path.iterdir())
