@@ -9,7 +9,9 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 
-_SUBMODULES = ("data", "errors", "methods", "metrics", "operators", "priors", "report", "rng", "tasks")
+_SUBMODULES = (
+    "adapt", "data", "errors", "methods", "metrics", "neighbours", "operators", "priors", "report", "rng", "tasks",
+)  # fmt: skip
 _HOMES = {
     "FBP": "methods.classical",
     "Estimate": "methods.base",

@@ -1,4 +1,4 @@
-"""The command line: `invrecon fit | validate | test | predict --config NAME.yaml`, `invrecon import-weights FILE`."""
+"""The command line: `invrecon fit | validate | test | predict | tune --config NAME.yaml`, `invrecon import-weights`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 # Short class names resolve among imported classes: these imports are the vocabulary of the configs.
 import invrecon.adapt
 import invrecon.data.generation
+import invrecon.data.mri
 import invrecon.data.reconstruction
 import invrecon.data.training
 import invrecon.methods
@@ -35,7 +36,9 @@ import invrecon.tasks.score_matching
 from invrecon.adapt.base import Adaptation
 from invrecon.adapt.losses import SelfSupervisedLoss
 from invrecon.adapt.trainable import Trainable
+from invrecon.discovery import reach_named_files
 from invrecon.errors import InputError
+from invrecon.priors import layouts
 from invrecon.report.writer import ResultWriter
 from invrecon.shared import find_shared, shared_folder
 from invrecon.tasks.checkpoint import AtomicCheckpointIO, ExportPrior
@@ -58,6 +61,14 @@ CHOICES: dict[str, tuple[Any, type]] = {
     "adaptation": (invrecon.adapt, Adaptation),
     "trainable": (invrecon.adapt, Trainable),
     "loss": (invrecon.adapt, SelfSupervisedLoss),
+    "layout": (layouts, layouts.Layout),
+    "stop": (invrecon.methods, invrecon.methods.StoppingRule),
+    "start": (invrecon.methods, invrecon.methods.Start),
+    "schedule": (invrecon.methods, invrecon.methods.Schedule),
+    "conditioning": (invrecon.methods, invrecon.methods.Conditioning),
+    "transition": (invrecon.methods, invrecon.methods.Transition),
+    "sampling": (invrecon.operators, invrecon.operators.Sampling),
+    "maps": (invrecon.operators, invrecon.operators.CoilMaps),
 }
 
 
@@ -123,7 +134,7 @@ class InvreconCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         """Gives the Trainer the run's folder."""
         config = self.config[self.subcommand]
-        self.output = Path(config.output or default_output(str(self.subcommand), _config_name(config)))
+        self.output = Path(config.output or default_output(str(self.subcommand), self.config_name))
         return super().instantiate_trainer(default_root_dir=str(self.output), **kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[lightning.Callback]) -> lightning.Trainer:
@@ -146,7 +157,17 @@ class InvreconCLI(LightningCLI):
         return super()._instantiate_trainer(config, callbacks)
 
     def _writer(self) -> ResultWriter:
-        return ResultWriter(self.output, yaml.safe_load(self._text()), self._text(), self.command)
+        text = self._text()
+        return ResultWriter(self.output, yaml.safe_load(text), text, self.command)
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the resolved configuration, every argument of every class in it."""
+        return yaml.safe_load(self._text())
+
+    @property
+    def config_name(self) -> str:
+        """The name of the last --config, without its ending."""
+        return _config_name(self.config[self.subcommand])
 
     def _text(self) -> str:
         """The resolved configuration, as YAML."""
@@ -166,7 +187,7 @@ class InvreconCLI(LightningCLI):
             newest,
             LearningRateMonitor("step"),
             TrainingPreviews(),
-            SameRun(_flatten({key: yaml.safe_load(self._text())[key] for key in ("model", "data")}), asked is None),
+            SameRun(_flatten({key: self.settings()[key] for key in ("model", "data")}), asked is None),
             ExportPrior(str(self.output), shlex.join(self.command)),
         ]
 
@@ -303,7 +324,7 @@ def main(args: list[str] | None = None) -> InvreconCLI | None:
 
     Returns:
         The CLI object, whose `trainer`, `model` and `datamodule` a notebook may go on with; None of
-        `import-weights`, which trains and reconstructs nothing.
+        `import-weights`, which trains and reconstructs nothing, and of `tune`, which tests many times.
 
     Raises:
         InputError: If anything that the user gave cannot be used.
@@ -324,8 +345,14 @@ def main(args: list[str] | None = None) -> InvreconCLI | None:
 
         import_weights(args[1:])
         return None
+    if args[:1] == ["tune"]:
+        from invrecon.tune import main as tune
+
+        tune(args[1:], main)
+        return None
     InvreconCLI.command = ["invrecon", *args]
     args = spell_slices(resolve_configs(args))
+    reach_named_files(args)
     return InvreconCLI(
         lightning.LightningModule,
         lightning.LightningDataModule,

@@ -25,14 +25,16 @@ ABOVE = {
     "errors": {"operators", "priors", "methods", "adapt", "data", "metrics", "report", "tasks", "cli"},
     "shared": {"operators", "priors", "methods", "adapt", "data", "metrics", "report", "tasks", "cli"},
     "rng": {"operators", "priors", "methods", "adapt", "data", "metrics", "report", "tasks", "cli"},
-    "operators": {"priors", "methods", "adapt", "data", "metrics", "report", "tasks", "cli"},
-    "priors": {"methods", "adapt", "data", "metrics", "report", "tasks", "cli"},
-    "methods": {"adapt", "data", "metrics", "report", "tasks", "cli"},
-    "adapt": {"data", "metrics", "report", "tasks", "cli"},
-    "data": {"methods", "adapt", "metrics", "report", "tasks", "cli"},
-    "metrics": {"methods", "adapt", "report", "tasks", "cli"},
+    "operators": {"neighbours", "priors", "methods", "adapt", "data", "metrics", "report", "tasks", "cli"},
+    "priors": {"neighbours", "methods", "adapt", "data", "metrics", "report", "tasks", "cli"},
+    "methods": {"neighbours", "adapt", "data", "metrics", "report", "tasks", "cli"},
+    "adapt": {"neighbours", "data", "metrics", "report", "tasks", "cli"},
+    "metrics": {"methods", "adapt", "data", "report", "tasks", "cli"},
+    "data": {"methods", "adapt", "report", "tasks", "cli"},
     "report": {"methods", "adapt", "tasks", "cli"},
     "tasks": {"cli"},
+    "neighbours": {"adapt", "data", "metrics", "report", "tasks", "cli"},
+    "search": {"operators", "priors", "methods", "adapt", "data", "metrics", "report", "tasks", "cli"},
 }
 # Leaves that any room may use, because they themselves use nothing but errors.
 LEAVES = {"invrecon.data.intensity", "invrecon.files"}
@@ -41,8 +43,8 @@ LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
 LIGHTNING_BASES = {"data": "DataModule", "report": "Callback|Writer|Logger|Progress"}
 HEAVY = {
     *LIGHTNING,
-    *("fastmri", "h5py", "jsonargparse", "matplotlib", "requests", "rich", "scipy", "skimage", "tensorboard"),
-    "torchmetrics",
+    *("deepinv", "fastmri", "h5py", "jsonargparse", "matplotlib", "requests", "rich", "scipy", "skimage"),
+    *("tensorboard", "torchmetrics"),
 }
 
 

@@ -112,7 +112,7 @@ class Adaptation(ABC):
         estimates, traces = [], []
         for b in range(len(y)):
             one = slice(b, b + 1)
-            own = select_cases(operator, one, len(y))
+            own = operator.select_cases(one, len(y))
             estimate, trace = self._adapt_where_needed(y[one], own, prior, sampler, generators[one], suitability)
             estimates.append(estimate)
             traces.append(trace)
@@ -136,16 +136,6 @@ class Adaptation(ABC):
         estimate, trace = self.adapt(y, operator, prior, sampler, generators)
         trace.verdict = str(verdict)
         return estimate, trace
-
-
-def select_cases(operator: LinearOperator, chosen: slice, num_cases: int) -> LinearOperator:
-    """Returns `operator`, bound to `num_cases` cases, bound to the chosen ones alone."""
-    std = operator.noise_std
-    if std is None or std.ndim not in (1, 1 + len(operator.measurement_shape)) or std.shape[0] != num_cases:
-        return operator
-    clone = operator._shallow_copy()
-    clone.noise_std = std[chosen]
-    return clone
 
 
 def join(estimates: Sequence[Estimate]) -> Estimate:

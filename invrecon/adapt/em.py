@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from invrecon.adapt.base import (
     Adaptation,
@@ -18,15 +17,13 @@ from invrecon.adapt.base import (
     check_positive,
     private_generator,
     private_generators,
-    select_cases,
 )
-from invrecon.adapt.stopping import HeldOutViews, Stopper, held_out_loss, without_views
+from invrecon.adapt.stopping import HeldOutViews, held_out_loss, without_views
 from invrecon.adapt.trainable import AllWeights, Trainable, adapted_copy, movement, num_parameters
 from invrecon.errors import InputError
 from invrecon.methods.base import Estimate
 from invrecon.methods.sampling import ProximalDiffusion, Sampler
 from invrecon.methods.start import GivenStart
-from invrecon.priors.base import broadcast
 from invrecon.priors.patch import PatchPrior, WholePrior
 from invrecon.rng import Generators
 
@@ -47,8 +44,9 @@ class ExpectationMaximisation(Adaptation):
     share what they teach: a round renews the middle one, which is watched, and one other, in turn, and learns from
     all that have had their turn, so that the cost hardly grows with their number.
 
-    Source: for data sets of measurements, Rozet et al., "Learning diffusion priors from observations by expectation
-    maximization", NeurIPS 2024, Alg. 1. On a single measurement, and with patches, there is none.
+    Source: the idea, for data sets of measurements, is that of Rozet et al., "Learning diffusion priors from
+    observations by expectation maximization", NeurIPS 2024 (arXiv 2405.13712); on a single measurement, by patches and
+    with estimates for samples it is ours. All numbers were chosen on one validation slice.
 
     Args:
         rounds: E- and M-steps.
@@ -101,54 +99,46 @@ class ExpectationMaximisation(Adaptation):
                 f"{type(self).__name__} learns from images, which {type(prior).__name__} cannot: use a prior file "
                 "(WholePrior or PatchPrior)."
             )
-        seen, y_seen, unseen = operator, y, None
+        seen, y_seen, unseen, rule = operator, y, None, None
         if self.held_out is not None:
             # The same views in every round: each goes on from the last estimate, which must never have seen them.
             unseen = self.held_out.mask(0, operator, private_generator(generators, "views"))
             seen, y_seen = without_views(operator, y, unseen)
-        # What learns, and the average of it that reconstructs.
-        learner, weights = adapted_copy(prior, self.trainable)
-        adapted, parameters = adapted_copy(prior, self.trainable)
-        optimiser = torch.optim.Adam(weights, lr=self.learning_rate, betas=(0.9, 0.99))
-        draws = private_generator(generators, "learning")
-        trace = Trace(num_trainable=num_parameters(parameters), reason=f"all {self.rounds} rounds")
-        stopper = Stopper(sys.maxsize) if self.held_out is None else self.held_out.stopper()
-        best = [parameter.detach().clone() for parameter in parameters]
+            rule = self.held_out.stopper()
+        learner = _Learner(self, prior, private_generator(generators, "learning"))
+        trace = Trace(num_trainable=num_parameters(learner.averages), reason=f"all {self.rounds} rounds")
         watched, num_cases = len(y) // 2, len(y)
         images: dict[int, Tensor] = {}
-        num_evaluations = 0.0
+        num_evaluations, best, risen = 0.0, learner.snapshot(), False
         for k in range(self.rounds + 1):
             if k:
-                num_evaluations += self._maximise(
-                    learner, optimiser, parameters, torch.cat(list(images.values())), k, draws
-                )
+                num_evaluations += learner.learn(torch.cat(list(images.values())), k)
             # The watched case is renewed in every round, the others of a pool in turn.
             for b in dict.fromkeys((watched, (watched + k) % num_cases)):
                 one = slice(b, b + 1)
-                part = select_cases(seen, one, num_cases)
-                own = private_generators(generators[one], "round", k)
-                estimate = self._expect(adapted, sampler, part, y_seen[one], images.get(b), own)
-                num_evaluations += _evaluations(estimate)
+                part, own = seen.select_cases(one, num_cases), private_generators(generators[one], "round", k)
+                estimate = self._expect(learner.adapted, sampler, part, y_seen[one], images.get(b), own)
+                num_evaluations += cast(float, estimate.stats["num_evaluations"])
                 images[b] = estimate.mean
             one = slice(watched, watched + 1)
-            name = f"round {k}" if k else "not adapted"
-            step = self._look(name, select_cases(operator, one, num_cases), y[one], images[watched], unseen)
-            trace.steps.append(step)
-            stop = stopper.update(-k if step.held_out_loss is None else step.held_out_loss)
-            if stopper.best == k:
-                best = [parameter.detach().clone() for parameter in parameters]
-            if stop:
-                trace.reason = f"the loss on views held out rose {stopper.patience} rounds running"
+            name, own_operator = f"round {k}" if k else "not adapted", operator.select_cases(one, num_cases)
+            trace.steps.append(self._look(name, own_operator, y[one], images[watched], unseen))
+            if rule is None:
+                continue
+            risen = rule.update(cast(float, trace.steps[k].held_out_loss))
+            if rule.best == k:
+                best = learner.snapshot()
+            if risen:
                 break
-        if stopper.best < len(trace.steps) - 1 and "rose" not in trace.reason:
-            trace.reason = "the loss on views held out was least"
-        trace.stopped_at = stopper.best
-        with torch.no_grad():
-            for parameter, value in zip(parameters, best, strict=True):
-                parameter.copy_(value)
-        trace.movement = movement(prior, adapted)
-        estimate = sampler(y, operator, adapted, generators=generators)
-        spent = _evaluations(estimate) + num_evaluations / num_cases
+        trace.stopped_at = len(trace.steps) - 1
+        if rule is not None and rule.best < trace.stopped_at:
+            rose = f"rose {rule.patience} rounds running" if risen else "was least"
+            trace.reason = f"the loss on views held out {rose}"
+            trace.stopped_at = rule.best
+            learner.restore(best)
+        trace.movement = movement(prior, learner.adapted)
+        estimate = sampler(y, operator, learner.adapted, generators=generators)
+        spent = cast(float, estimate.stats["num_evaluations"]) + num_evaluations / num_cases
         return replace(estimate, stats={**estimate.stats, "num_evaluations": spent}), trace
 
     @staticmethod
@@ -178,51 +168,72 @@ class ExpectationMaximisation(Adaptation):
         expectation.start = GivenStart(x)
         return expectation(y, operator, prior, generators=generators)
 
-    def _maximise(
-        self,
-        prior: Prior,
-        optimiser: torch.optim.Optimizer,
-        averages: list[nn.Parameter],
-        x: Tensor,
-        k: int,
-        draws: torch.Generator,
-    ) -> float:
-        """Takes the steps of round `k` on patches of the estimates `x`; returns how many images' worth they were."""
-        assert isinstance(prior, PatchPrior | WholePrior)
-        denoiser = prior.denoiser
-        low, high = math.log(self.sigma_min), math.log(self.sigma_max)
-        seen, budget = 0, self.steps * self.num_pixels
-        while seen < budget:  # a whole image may be more than a step's pixels: fewer steps, then, of equal cost
-            clean, position = prior.draw(x, self.num_pixels, draws)
-            progress = (k - 1 + seen / budget) / self.rounds
-            seen += clean[:, 0].numel()
+
+class _Learner:
+    """A copy of the prior that takes the M-steps, and a second one with the average of its weights.
+
+    Attributes:
+        adapted: The prior of the averaged weights, which reconstructs.
+        averages: Those of its parameters that adapt.
+
+    Args:
+        plan: The knobs.
+        prior: The prior; unchanged.
+        draws: Draws patches, noise levels and noise.
+    """
+
+    def __init__(self, plan: ExpectationMaximisation, prior: Prior, draws: torch.Generator) -> None:
+        self.plan, self.draws = plan, draws
+        self._learning, self._weights = adapted_copy(prior, plan.trainable)
+        self.adapted, self.averages = adapted_copy(prior, plan.trainable)
+        self._optimiser = torch.optim.Adam(self._weights, lr=plan.learning_rate, betas=(0.9, 0.99))
+
+    def snapshot(self) -> list[Tensor]:
+        """Returns the averaged weights, to be restored."""
+        return [average.detach().clone() for average in self.averages]
+
+    @torch.no_grad()
+    def restore(self, snapshot: list[Tensor]) -> None:
+        """Goes back to earlier averaged weights."""
+        for average, value in zip(self.averages, snapshot, strict=True):
+            average.copy_(value)
+
+    def learn(self, x: Tensor, k: int) -> float:
+        """Takes the steps of round `k` on patches of the estimates `x`, `(N, C, H, W)`.
+
+        Returns:
+            How many images' worth of pixels the network has seen.
+
+        Raises:
+            InputError: The gradient is not finite.
+        """
+        plan, learning = self.plan, self._learning
+        assert isinstance(learning, PatchPrior | WholePrior)  # seen to by `adapt`
+        low, high = math.log(plan.sigma_min), math.log(plan.sigma_max)
+        num_seen, budget = 0, plan.steps * plan.num_pixels
+        while num_seen < budget:  # a whole image may be more than a step's pixels: fewer steps, then, of equal cost
+            clean, position = learning.draw(x, plan.num_pixels, self.draws)
+            progress = (k - 1 + num_seen / budget) / plan.rounds
+            num_seen += clean[:, 0].numel()
             n = len(clean)
             # One level from each of n equal bins: the same expectation, less variance.
-            quantiles = (torch.randperm(n, generator=draws) + torch.rand(n, generator=draws)) / n
+            quantiles = (torch.randperm(n, generator=self.draws) + torch.rand(n, generator=self.draws)) / n
             sigma = (low + (high - low) * quantiles).exp().to(clean)
-            noise = torch.randn(clean.shape, generator=draws).to(clean)
+            noise = torch.randn(clean.shape, generator=self.draws).to(clean)
             with torch.enable_grad():
-                error = (denoiser(clean + broadcast(sigma, noise) * noise, sigma, position) - clean).square()
-                loss = (denoiser.loss_weight(sigma) * error.mean(dim=(1, 2, 3))).mean()
-                optimiser.zero_grad()
+                loss = learning.denoiser.denoising_losses(clean, sigma, noise, position).mean()
+                self._optimiser.zero_grad()
                 loss.backward()
-            group = optimiser.param_groups[0]
-            weights = group["params"]
-            group["lr"] = self.learning_rate * (1 - progress)
-            norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(self._weights, 1.0)
             if not torch.isfinite(norm):
                 raise InputError(
                     f"Adaptation diverged in round {k}: the gradient is not finite. Lower "
-                    f"adaptation.learning_rate, which is {self.learning_rate}, or use model.precision 32."
+                    f"adaptation.learning_rate, which is {plan.learning_rate}, or use model.precision 32."
                 )
-            optimiser.step()
+            for group in self._optimiser.param_groups:
+                group["lr"] = plan.learning_rate * (1 - progress)
+            self._optimiser.step()
             with torch.no_grad():
-                for average, weight in zip(averages, weights, strict=True):
-                    average.lerp_(weight, 1 - self.ema)
-        return seen / x[0, 0].numel()
-
-
-def _evaluations(estimate: Estimate) -> float:
-    value = estimate.stats["num_evaluations"]
-    assert isinstance(value, float)
-    return value
+                for average, weight in zip(self.averages, self._weights, strict=True):
+                    average.lerp_(weight, 1 - plan.ema)
+        return num_seen / x[0, 0].numel()

@@ -171,10 +171,11 @@ class SelfSupervised(Adaptation):
         adapting = AdaptingPrior(self, prior, y, operator, sampler.schedule.sigmas, order)
         sampler = copy.copy(sampler)
         if self.noise_from != "estimate":
-            source = adapting.last if self.noise_from == "adapted" else adapting.unadapted
+            # Without a source it is the evaluation from which the estimate was made: the adapted one.
+            source = None if self.noise_from == "adapted" else adapting.unadapted
             sampler.transition = PriorNoise(sampler.transition, source)
         if self.output == "denoised":
-            sampler.transition = DenoisedOutput(sampler.transition, adapting.last)
+            sampler.transition = DenoisedOutput(sampler.transition)
         estimate = sampler(y, operator, cast("Prior", adapting), generators=generators)
         for key, counter in (("num_evaluations", adapting.evaluations), ("num_operator_calls", adapting.calls)):
             estimate.stats[key] = cast(float, estimate.stats[key]) + counter.num_calls
@@ -235,7 +236,7 @@ class AdaptingPrior:
     def __call__(self, x: Tensor, sigma: float | Tensor, *, generators: Generators | None = None) -> Tensor:
         """Returns `D(x, sigma)`, adapted."""
         self._prepare(x, sigma, generators)
-        return self._keep(self._sampled(x, sigma, generators=generators), sigma)
+        return self._checked(self._sampled(x, sigma, generators=generators), sigma)
 
     def denoise_vjp(
         self, x: Tensor, sigma: float | Tensor, cotangent: Cotangent, *, generators: Generators | None = None
@@ -243,17 +244,7 @@ class AdaptingPrior:
         """Returns `D(x, sigma)`, adapted, and `J_D(x)^T cotangent(D(x, sigma))`."""
         self._prepare(x, sigma, generators)
         denoised, pulled = self._sampled.denoise_vjp(x, sigma, cotangent, generators=generators)
-        return self._keep(denoised, sigma), pulled
-
-    def backpropagate(
-        self, x: Tensor, sigma: float | Tensor, cotangent: Cotangent, *, generators: Generators | None = None
-    ) -> Tensor:
-        """Returns `D(x, sigma)` and adds to the `.grad` of what adapts; it does not adapt by itself."""
-        return self._sampled.backpropagate(x, sigma, cotangent, generators=generators)
-
-    def last(self, x: Tensor, sigma: float) -> Tensor:
-        """Returns the last evaluation, which was at this state."""
-        return self._denoised
+        return self._checked(denoised, sigma), pulled
 
     def unadapted(self, x: Tensor, sigma: float) -> Tensor:
         """Returns `D(x, sigma)` of the prior itself, seen through the same layout as the last evaluation."""
@@ -275,12 +266,6 @@ class AdaptingPrior:
             level = self._pending.pop(0)
             self._adapt(level, x.detach(), float(sigma), check_generators(generators, len(x)))
         self._twins = None if generators is None else [generator.clone_state() for generator in generators]
-
-    def _keep(self, denoised: Tensor, sigma: float | Tensor) -> Tensor:
-        if self.trace.steps:
-            self._check_finite(denoised, float(sigma))
-        self._denoised = denoised
-        return denoised
 
     @torch.no_grad()
     def _adapt(self, level: int, x: Tensor, sigma: float, generators: Generators) -> None:
@@ -357,7 +342,14 @@ class AdaptingPrior:
             since = "any adaptation" if best < 0 else self.trace.steps[best].name
             self.trace.reason = f"the held-out views were explained no better after {since}"
 
+    def _checked(self, denoised: Tensor, sigma: float | Tensor) -> Tensor:
+        """Returns `denoised`; what a prior gives that has not adapted yet is not the adaptation's business."""
+        if self.trace.steps:
+            self._check_finite(denoised, float(sigma))
+        return denoised
+
     def _check_finite(self, denoised: Tensor, sigma: float) -> None:
+        """Raises `InputError` if an adapted prior no longer gives numbers."""
         if not torch.isfinite(denoised).all():
             raise InputError(
                 f"{type(self.plan).__name__} diverged: at noise level {sigma:.4g} the adapted prior gives NaN or Inf; "

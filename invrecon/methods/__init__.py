@@ -1,7 +1,11 @@
-"""Reconstruction methods: `method(y, operator, prior, generators=...) -> Estimate`."""
+"""Reconstruction methods: `method(y, operator, prior, generators=...) -> Estimate`.
 
+A file here is known by the names of its classes, listed below (for type checkers) or not.
+"""
+
+from invrecon.discovery import export_classes
 from invrecon.methods.base import Estimate, Method
-from invrecon.methods.classical import FBP, TotalVariation
+from invrecon.methods.classical import ADMMTV, FBP, SIRT, TotalVariation
 from invrecon.methods.conditioning import (
     Conditioning,
     DPSConditioning,
@@ -11,6 +15,22 @@ from invrecon.methods.conditioning import (
     ScaledNormGuidance,
     SquaredNormGuidance,
     Unconditional,
+)
+from invrecon.methods.dip import (
+    DIP,
+    AllIterations,
+    ASeqDIP,
+    DIPUNet,
+    DiscrepancyStop,
+    FittedNetwork,
+    HeldOutStop,
+    NetworkFit,
+    Purification,
+    ReferenceDIP,
+    SelfGuidedDIP,
+    StoppingRule,
+    UDiGDIP,
+    WindowedVarianceStop,
 )
 from invrecon.methods.draws import DataSampler, ExactDataSampler, LangevinDataSampler
 from invrecon.methods.gibbs import DAPS, DAPSExact, DecoupledConditioning, LikelihoodDraw, PnPDM, PriorDraw
@@ -24,6 +44,7 @@ from invrecon.methods.langevin import (
     StandardCorrection,
 )
 from invrecon.methods.padis import PaDIS, PaDISNormalised, PaDISPaper, PaDISRepo
+from invrecon.methods.plugandplay import RED, PlugAndPlay, PnPADMM
 from invrecon.methods.projection import (
     DDNM,
     DDNMFBP,
@@ -56,23 +77,31 @@ from invrecon.methods.transitions import (
     ReverseSDE,
     Transition,
 )
+from invrecon.methods.wavelet import WaveletL1
 
 __all__ = [
+    "ADMMTV",
     "DAPS",
     "DDIM",
     "DDNM",
     "DDNMFBP",
     "DDRM",
     "DDS",
+    "DIP",
     "DPS",
     "FBP",
+    "RED",
+    "SIRT",
     "VEDDNM",
+    "ASeqDIP",
     "AcceleratedRenoise",
+    "AllIterations",
     "Conditioning",
     "DAPSExact",
     "DDNMPlus",
     "DDNMPlusTransition",
     "DDSTransition",
+    "DIPUNet",
     "DPSConditioning",
     "DPSNormalised",
     "DataSampler",
@@ -80,12 +109,15 @@ __all__ = [
     "DiffPIR",
     "DirectConditioning",
     "DirectInverseConditioning",
+    "DiscrepancyStop",
     "Estimate",
     "EstimateStart",
     "ExactDataSampler",
+    "FittedNetwork",
     "FloorSchedule",
     "GeometricSchedule",
     "GivenStart",
+    "HeldOutStop",
     "KarrasSchedule",
     "KrylovConditioning",
     "Langevin",
@@ -93,6 +125,7 @@ __all__ = [
     "LangevinDirect",
     "LikelihoodDraw",
     "Method",
+    "NetworkFit",
     "NoiseStart",
     "NoisyEstimateStart",
     "NormGuidance",
@@ -107,28 +140,39 @@ __all__ = [
     "PiGDM",
     "PiGDMConditioning",
     "PinvConditioning",
+    "PlugAndPlay",
+    "PnPADMM",
     "PnPDM",
     "PredictorCorrector",
     "PriorDraw",
     "PriorNoise",
     "ProximalConditioning",
     "ProximalDiffusion",
+    "Purification",
     "REDDiff",
+    "ReferenceDIP",
     "Renoise",
     "ReverseSDE",
     "Sampler",
     "ScaledNormGuidance",
     "Schedule",
+    "SelfGuidedDIP",
     "SpectralStart",
     "SpectralTransition",
     "SquaredNormGuidance",
     "StandardCorrection",
     "Start",
+    "StoppingRule",
     "TotalVariation",
     "Transition",
+    "UDiGDIP",
     "Unconditional",
     "UnconditionalSampler",
     "VPSchedule",
+    "WaveletL1",
+    "WindowedVarianceStop",
     "diffuse",
     "sample_prior",
 ]
+
+export_classes(globals(), Method, Schedule, Conditioning, Transition, Start, DataSampler)

@@ -104,6 +104,25 @@ def check_range(name: str, bounds: tuple[float, float] | None) -> None:
         raise InputError(f"{name} is {tuple(bounds)}, but a range (low, high) with low < high is expected.")
 
 
+def check_complex_range(
+    owner: object, name: str, bounds: tuple[float, float] | None, operator: LinearOperator, instead: str = "null"
+) -> None:
+    """Raises `InputError` if a range leaves complex images no negative real and imaginary parts (or no positive ones).
+
+    Args:
+        owner: Whose range it is.
+        name: The argument's.
+        bounds: The range, or None.
+        operator: The physics.
+        instead: What the argument should be.
+    """
+    if operator.complex_images and bounds is not None and not bounds[0] < 0 < bounds[1]:
+        raise InputError(
+            f"{type(owner).__name__}: {name} is {tuple(bounds)}, but {type(operator).__name__} has complex images, "
+            f"whose real and imaginary parts may be negative: set {name} to {instead}."
+        )
+
+
 def check_measurement(y: Tensor, operator: LinearOperator) -> None:
     """Raises `InputError` unless `y` is a finite real batch of the operator's measurements."""
     expected = tuple(operator.measurement_shape)
@@ -131,6 +150,11 @@ def check_prior(method: Method, prior: Prior | None) -> Prior:
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """Reshapes `(B,)` to `(B, 1, ..., 1)` so that it broadcasts against `like`."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def channel_magnitude(x: Tensor, complex_images: bool) -> Tensor:
+    """Returns `|x|`: that of every channel, `(B, C, *S)`, or `(B, 1, *S)` if two are the parts of a complex number."""
+    return x.square().sum(dim=1, keepdim=True).sqrt() if complex_images else x.abs()
 
 
 def norm_per_sample(x: Tensor) -> Tensor:

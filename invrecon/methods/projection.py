@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from invrecon.errors import InputError
-from invrecon.methods.base import check_range, per_sample
+from invrecon.methods.base import check_complex_range, check_range, per_sample
 from invrecon.methods.conditioning import Conditioning, Denoiser, DifferentiableDenoiser, ProximalConditioning
 from invrecon.methods.sampling import Sampler
 from invrecon.methods.schedule import GeometricSchedule, VPSchedule
@@ -99,6 +99,7 @@ class PinvConditioning(Conditioning):
 
     def __call__(self, prior: DifferentiableDenoiser, operator: LinearOperator, y: Tensor) -> Denoiser:
         """Returns the projected denoiser."""
+        check_complex_range(self, "clip", self.clip, operator)
         operator, y, std = operator.whiten(y)
         level = None if std is None else std / operator.norm()
         correct = self.correction(operator, y)

@@ -12,6 +12,7 @@ from invrecon.errors import InputError
 from invrecon.methods.base import (
     Estimate,
     Method,
+    check_complex_range,
     check_generators,
     check_measurement,
     check_prior,
@@ -94,6 +95,7 @@ class REDDiff(Method):
         evaluations, calls = Counter(), Counter()
         denoise = CountingPrior(check_prior(self, prior), evaluations)
         check_measurement(y, operator)
+        check_complex_range(self, "clip", self.clip, operator)
         draws = check_generators(generators, y.shape[0])
         physics = count_calls(operator, calls)
         mu = self.start(y, physics, self.schedule.sigma_max, draws).clone()

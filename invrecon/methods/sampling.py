@@ -12,6 +12,7 @@ from invrecon.errors import InputError
 from invrecon.methods.base import (
     Estimate,
     Method,
+    check_complex_range,
     check_generators,
     check_measurement,
     check_prior,
@@ -164,6 +165,7 @@ class Sampler(Method):
         """Reconstructs a batch; see `Method.__call__`."""
         prior = check_prior(self, prior)
         check_measurement(y, operator)
+        check_complex_range(self, "clip", self.clip, operator)
         num_cases, num_samples = y.shape[0], self.num_samples
         chains = spawn(check_generators(generators, num_cases), num_samples)
         chunk = num_samples if self.samples_per_batch is None else min(self.samples_per_batch, num_samples)
@@ -300,6 +302,7 @@ class UnconditionalSampler(Method):
         generators: Sequence[torch.Generator] | None = None,
     ) -> Estimate:
         """Draws one image of shape `operator.image_shape` per generator."""
+        check_complex_range(self, "clip", self.clip, operator)
         counter = Counter()
         counted = CountingPrior(check_prior(self, prior), counter)
         if generators is None:

@@ -37,21 +37,35 @@ class NoiseStart(Start):
         return sigma * randn(tuple(operator.image_shape), generators, y)
 
 
+class BaselineStart(Start):
+    """The operator's direct inverse as it is, negative parts too: the zero-filled image, filtered back-projection."""
+
+    def __call__(
+        self, y: Tensor, operator: LinearOperator, sigma: float, generators: Sequence[torch.Generator]
+    ) -> Tensor:
+        """Returns `operator.baseline(y)`."""
+        return operator.baseline(y)
+
+
 class EstimateStart(Start):
     """Another method's estimate, as it is: `x = x_hat`.
 
     Args:
-        method: A method that needs no prior; the operator's direct inverse, clipped to [0, 1], if None.
+        method: A method that needs no prior; if None the operator's direct inverse, clipped to [0, 1] unless images are
+            complex.
     """
 
     def __init__(self, method: Method | None = None) -> None:
         self.method = FBP(clip=(0.0, 1.0)) if method is None else method
+        self._default = method is None
 
     def __call__(
         self, y: Tensor, operator: LinearOperator, sigma: float, generators: Sequence[torch.Generator]
     ) -> Tensor:
         """Returns `x_hat`."""
-        return self.method(y, operator).mean
+        # Half of a complex image is negative: by default nothing of it is clipped.
+        method = FBP(clip=None) if self._default and operator.complex_images else self.method
+        return method(y, operator).mean
 
 
 class NoisyEstimateStart(EstimateStart):

@@ -18,7 +18,8 @@ class EDMDenoiser(nn.Module):
 
     with $c_{skip} = s^2/(\sigma^2+s^2)$, $c_{out} = \sigma s/\sqrt{\sigma^2+s^2}$, $c_{in} = 1/\sqrt{\sigma^2+s^2}$,
     $c_{noise} = \ln(\sigma)/4$ and $s$ the data's standard deviation (Karras et al. 2022, table 1).
-    The position channels $p$ are concatenated unscaled; $c_{skip}$ acts on the image alone.
+    The position channels $p$ are concatenated unscaled, as many as the network takes (0 for one that knows no
+    positions); $c_{skip}$ acts on the image alone.
 
     Args:
         network: `F(input, c_noise)`, from `image channels + position channels` to image channels.
@@ -31,6 +32,7 @@ class EDMDenoiser(nn.Module):
         super().__init__()
         self.network = network
         self.register_buffer("sigma_data", torch.tensor(float(sigma_data)))
+        self.position_channels: int = getattr(network, "config", {}).get("position_channels", 2)
         self.compute_dtype: torch.dtype | None = None
 
     def forward(self, u: Tensor, sigma: float | Tensor, position: Tensor) -> Tensor:
@@ -45,7 +47,7 @@ class EDMDenoiser(nn.Module):
         s = self.sigma_data.to(u.dtype)
         variance = sigma**2 + s**2
         c_skip, c_out, c_in = s**2 / variance, sigma * s / variance.sqrt(), 1 / variance.sqrt()
-        inputs = torch.cat([broadcast(c_in, u) * u, position.to(u.dtype)], dim=1)
+        inputs = torch.cat([broadcast(c_in, u) * u, position[:, : self.position_channels].to(u.dtype)], dim=1)
         inputs = inputs.contiguous(memory_format=torch.channels_last)
         # Only the network runs in reduced precision: the state, the skip path and the operators stay as they are.
         if self.compute_dtype is None:
@@ -58,6 +60,20 @@ class EDMDenoiser(nn.Module):
     def loss_weight(self, sigma: Tensor) -> Tensor:
         r"""Returns $w(\sigma) = (\sigma^2+s^2)/(\sigma s)^2$, `(B,)`: unit loss at every level before training."""
         return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
+
+    def denoising_losses(self, x: Tensor, sigma: Tensor, noise: Tensor, position: Tensor) -> Tensor:
+        r"""Returns $w(\sigma) \| D(x + \sigma n, \sigma, p) - x \|^2$, a mean over pixels, of every image, `(B,)`.
+
+        Denoising score matching (Vincent 2011) with the weight of Karras et al. 2022, table 1.
+
+        Args:
+            x: Clean images or patches, `(B, C, H, W)`.
+            sigma: Noise standard deviations, `(B,)`.
+            noise: `n`, standard normal, like `x`.
+            position: Coordinates of the pixels, `(B, 2, H, W)`.
+        """
+        error = (self(x + broadcast(sigma, noise) * noise, sigma, position) - x).square().mean(dim=(1, 2, 3))
+        return self.loss_weight(sigma) * error
 
 
 class NoiseProposal:

@@ -2,12 +2,12 @@
 
 The patch prior models an image by a product over grid offsets of position-dependent patch densities with zero
 borders (Hu et al., PaDIS, NeurIPS 2024). Its score at one random offset, drawn anew at each evaluation, is an
-unbiased estimate of the average over offsets. No method knows that patches exist.
+unbiased estimate of the average over offsets; other layouts are in `layouts`. No method knows that patches exist.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor
 from invrecon.errors import InputError
 from invrecon.priors.base import Cotangent, Prior, broadcast, per_sample, pull_back
 from invrecon.priors.edm import EDMDenoiser
-from invrecon.rng import Generators, make_generators, randint, randn
+from invrecon.priors.layouts import Layout, Places, RandomShift, shift_law
+from invrecon.rng import Generators, make_generators, randn
 
 
 def coordinates(num: int, start: Tensor | int = 0, length: int | None = None) -> Tensor:
@@ -98,58 +99,6 @@ def cut_patches(
     return values, inside, position
 
 
-@dataclass(frozen=True)
-class Tiling:
-    r"""Non-overlapping `P x P` patches on a grid that covers an `N`-pixel axis at any of `M` offsets.
-
-    $$ K = 1 + \lfloor N / P \rfloor, \quad M = K P - N $$
-
-    patches along an axis and padding on each of its sides (PaDIS, section 3.2): N = 256, P = 56 gives K = 5, M = 24,
-    a padded frame of 304 and 24 offsets; the tiled region `[a, a + K P)` contains the image `[M, M + N)` for every
-    offset `0 <= a < M`.
-
-    Args:
-        shape: Image size (H, W).
-        patch_size: `P`.
-    """
-
-    shape: tuple[int, int]
-    patch_size: int
-
-    @property
-    def num_patches(self) -> tuple[int, int]:
-        """Patches along each axis, `K`."""
-        return tuple(1 + n // self.patch_size for n in self.shape)  # type: ignore[return-value]
-
-    @property
-    def pad(self) -> tuple[int, int]:
-        """Padding on each side of each axis, `M`."""
-        return tuple(k * self.patch_size - n for k, n in zip(self.num_patches, self.shape, strict=True))  # type: ignore[return-value]
-
-    def split(self, frame: Tensor, offset: tuple[int, int]) -> Tensor:
-        """Cuts a padded frame `(C, H + 2M, W + 2M)` into patches `(K K, C, P, P)`, row by row."""
-        (a, b), (k, q), p = offset, self.num_patches, self.patch_size
-        region = frame[:, a : a + k * p, b : b + q * p]
-        return region.reshape(-1, k, p, q, p).permute(1, 3, 0, 2, 4).reshape(k * q, -1, p, p)
-
-    def assemble(self, patches: Tensor, offset: tuple[int, int]) -> Tensor:
-        """Puts patches `(K K, C, P, P)` back and crops to the image, `(C, H, W)`: the border is known to be zero."""
-        (a, b), (k, q), p = offset, self.num_patches, self.patch_size
-        region = patches.reshape(k, q, -1, p, p).permute(2, 0, 3, 1, 4).reshape(-1, k * p, q * p)
-        top, left = self.pad[0] - a, self.pad[1] - b
-        return region[:, top : top + self.shape[0], left : left + self.shape[1]]
-
-    def positions(self, offset: tuple[int, int]) -> Tensor:
-        """Returns the position channels of the patches at an offset, `(K K, 2, P, P)`."""
-        p = self.patch_size
-        rows, columns = (
-            coordinates(n, torch.arange(k) * p + o - m, p)
-            for n, k, o, m in zip(self.shape, self.num_patches, offset, self.pad, strict=True)
-        )
-        k, q = self.num_patches
-        return position_map(rows.repeat_interleave(q, 0), columns.repeat(k, 1))
-
-
 class WholePrior(Prior):
     """The denoiser applied to the whole image at once.
 
@@ -183,20 +132,100 @@ class WholePrior(Prior):
         return self.denoiser(u, sigma, position)[..., :H, :W]
 
 
-class PatchPrior(Prior):
-    """An image denoiser assembled from non-overlapping patches at one random offset a call and a sample.
+_Pull = Callable[[Tensor, Tensor, Tensor, slice], None]
 
-    The padded frame is noise of the state's level around the image, as in training; patches are denoised in chunks,
-    so memory is that of one chunk whatever the image's size.
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """The `u`, `G_c` and `W_c` of one evaluation (see `layouts`), applied to the patches of a chunk at a time.
+
+    Images are put together on a canvas, `(B, C, H', W')`, of their frame's size; the shifts of a sample share it.
+
+    Attributes:
+        frames: `u`, `(m B, C, H', W')`, the samples once for each of `m` shifts.
+        sigma: Noise standard deviations, `(m B,)`.
+        places: Of all patches.
+        patch_size: `P`.
+        shape: Image size (H, W).
+        pad: Widths (left, right, top, bottom).
+        num: Samples, `B`.
+        blended: Whether any weight is not one.
+    """
+
+    frames: Tensor
+    sigma: Tensor
+    places: Places
+    patch_size: int
+    shape: tuple[int, int]
+    pad: tuple[int, int, int, int]
+    num: int
+    blended: bool
+
+    def _pixels(self, image: Tensor, chunk: slice) -> Tensor:
+        """Returns where the chunk's pixels are in a flat `(B, C, H', W')`, `(n, C, P, P)`; patch `c` in `image[c]`."""
+        _, C, H, W = self.frames.shape
+        places, span = self.places[chunk], torch.arange(self.patch_size, device=image.device)
+        plane = image[chunk, None] * C + torch.arange(C, device=image.device)
+        rows, columns = (places.top + self.pad[2])[:, None] + span, (places.left + self.pad[0])[:, None] + span
+        return (plane[:, :, None] * H + rows[:, None])[..., None] * W + columns[:, None, None]
+
+    def _weigh(self, patches: Tensor, chunk: slice) -> Tensor:
+        if not self.blended:
+            return patches
+        places = self.places[chunk]
+        return patches * (places.row_weights[:, None, :, None] * places.column_weights[:, None, None, :])
+
+    def cut(self, chunk: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns patches `G_c u` `(n, C, P, P)`, their noise levels `(n,)` and positions `(n, 2, P, P)`."""
+        places, (H, W) = self.places[chunk], self.shape
+        patches = self.frames.flatten()[self._pixels(self.places.frame, chunk)]
+        rows, columns = coordinates(H, places.top, self.patch_size), coordinates(W, places.left, self.patch_size)
+        return patches, self.sigma[places.frame], position_map(rows, columns)
+
+    def pull(self, canvas: Tensor, chunk: slice) -> Tensor:
+        """Returns `W_c G_c v` of the images on a canvas, `(n, C, P, P)`."""
+        return self._weigh(canvas.flatten()[self._pixels(self.places.frame % self.num, chunk)], chunk)
+
+    def push(self, canvas: Tensor, patches: Tensor, chunk: slice, *, weighted: bool) -> None:
+        """Adds `G_c^T W_c` (or `G_c^T`) of patches `(n, C, P, P)` to a canvas."""
+        pixels = self._pixels(self.places.frame % self.num, chunk)
+        values = self._weigh(patches, chunk) if weighted else patches
+        canvas.view(-1).index_add_(0, pixels.flatten(), values.flatten())
+
+    def canvas(self, images: Tensor | None = None) -> Tensor:
+        """Returns a canvas of zeros, or of images `(B, C, H, W)` surrounded by zeros."""
+        if images is not None:
+            return nnf.pad(images, self.pad)
+        return self.frames.new_zeros((self.num, *self.frames.shape[1:]))
+
+    def crop(self, canvas: Tensor) -> Tensor:
+        """Returns the images of a canvas, `(B, C, H, W)`: what is around them is known to be zero."""
+        (H, W), (left, _, top, _) = self.shape, self.pad
+        return canvas[..., top : top + H, left : left + W].contiguous()
+
+
+class PatchPrior(Prior):
+    """An image denoiser assembled from patches, by default non-overlapping ones at a random offset (`RandomShift`).
+
+    The padded frame is noise of the state's level around the image, as in training; patches are cut and denoised in
+    chunks, so memory is that of one chunk whatever their number.
 
     Args:
         denoiser: A position-conditioned denoiser of patches.
-        patch_size: `P` in pixels.
+        patch_size: `P` in pixels, unless the layout has one of its own.
         max_patches: Patches denoised at once.
+        layout: Where the patches lie, and how their outputs are put together.
+
+    Raises:
+        InputError: If the network's stride does not divide the patch size, or it does not suit the layout.
     """
 
-    def __init__(self, denoiser: EDMDenoiser, patch_size: int = 56, max_patches: int = 64) -> None:
+    def __init__(
+        self, denoiser: EDMDenoiser, patch_size: int = 56, max_patches: int = 64, layout: Layout | None = None
+    ) -> None:
         super().__init__()
+        self.layout = RandomShift() if layout is None else layout
+        patch_size = patch_size if self.layout.patch_size is None else self.layout.patch_size
         stride = getattr(denoiser.network, "stride", 1)
         if patch_size < 1 or patch_size % stride:
             raise InputError(
@@ -204,6 +233,7 @@ class PatchPrior(Prior):
             )
         if max_patches < 1:
             raise InputError(f"max_patches must be at least 1; got {max_patches}.")
+        self.layout.check(patch_size)
         self.denoiser = denoiser
         self.patch_size = patch_size
         self.max_patches = max_patches
@@ -213,45 +243,40 @@ class PatchPrior(Prior):
 
         Places are uniform over the padded frame, as in training and as the shifted grid visits them.
         """
-        tiling, P = Tiling((images.shape[-2], images.shape[-1]), self.patch_size), self.patch_size
+        P = self.patch_size
         num = max(1, round(num_pixels / P**2))
 
         def places(high: int) -> Tensor:
             return torch.randint(high, (num,), generator=generator).to(images.device)
 
         index = places(len(images))
-        top, left = (places(n + 2 * m - P + 1) - m for n, m in zip(tiling.shape, tiling.pad, strict=True))
+        pads = ((n, shift_law(n, P)[1]) for n in images.shape[-2:])
+        top, left = (places(n + 2 * m - P + 1) - m for n, m in pads)
         values, inside, position = cut_patches(images, index, top, left, P)
         return values * inside, position
 
-    def _layout(
-        self, x: Tensor, sigma: Tensor, generators: Generators | None
-    ) -> tuple[Tiling, list[tuple[int, int]], Tensor, Tensor]:
-        """Draws each sample's offset; returns tiling, offsets, patches `(B K K, C, P, P)` and their positions."""
-        generators = _defaults(generators, x.shape[0])
-        tiling = Tiling((x.shape[-2], x.shape[-1]), self.patch_size)
-        (m, n) = tiling.pad
-        frame = pad_with_noise(x, (n, n, m, m), sigma, generators)
-        rows, columns = randint(m, generators).tolist(), randint(n, generators).tolist()
-        offsets = list(zip(rows, columns, strict=True))
-        patches = torch.cat([tiling.split(f, o) for f, o in zip(frame, offsets, strict=True)])
-        positions = torch.cat([tiling.positions(o) for o in offsets]).to(x.device)
-        return tiling, offsets, patches, positions
+    def _lay_out(self, x: Tensor, sigma: float | Tensor, generators: Generators | None) -> _Evaluation:
+        """Draws the frames and the places of one evaluation."""
+        B, m, shape = x.shape[0], self.layout.num_shifts, (x.shape[-2], x.shape[-1])
+        generators = [*_defaults(generators, B)] * m
+        sigma = per_sample(sigma, x).repeat(m)
+        vertical, horizontal = (self.layout.pad(num, self.patch_size) for num in shape)
+        pad = (*horizontal, *vertical)
+        frames = pad_with_noise(x.repeat(m, 1, 1, 1), pad, sigma, generators)
+        places = self.layout.place(shape, self.patch_size, generators)
+        blended = bool((places.row_weights != 1).any() or (places.column_weights != 1).any())
+        return _Evaluation(frames, sigma, places.like(x), self.patch_size, shape, pad, B, blended)
 
-    def _assemble(self, tiling: Tiling, offsets: list[tuple[int, int]], patches: Tensor) -> Tensor:
-        per_image = patches.reshape(len(offsets), -1, *patches.shape[1:])
-        return torch.stack([tiling.assemble(p, o) for p, o in zip(per_image, offsets, strict=True)])
-
-    def _chunks(self, num: int) -> Iterator[slice]:
-        return (slice(i, i + self.max_patches) for i in range(0, num, self.max_patches))
+    def _chunks(self, evaluation: _Evaluation) -> list[slice]:
+        return [slice(i, i + self.max_patches) for i in range(0, len(evaluation.places), self.max_patches)]
 
     def forward(self, x: Tensor, sigma: float | Tensor, *, generators: Generators | None = None) -> Tensor:
-        """Returns `D(x, sigma)`, `(B, C, H, W)`: each pixel from exactly one patch."""
-        sigma = per_sample(sigma, x)
-        tiling, offsets, patches, positions = self._layout(x, sigma, generators)
-        levels = sigma.repeat_interleave(len(patches) // len(x))
-        chunks = [self.denoiser(patches[c], levels[c], positions[c]) for c in self._chunks(len(patches))]
-        return self._assemble(tiling, offsets, torch.cat(chunks))
+        """Returns `D(x, sigma)`, `(B, C, H, W)`."""
+        evaluation = self._lay_out(x, sigma, generators)
+        canvas = evaluation.canvas()
+        for chunk in self._chunks(evaluation):
+            evaluation.push(canvas, self.denoiser(*evaluation.cut(chunk)), chunk, weighted=True)
+        return evaluation.crop(canvas)
 
     def denoise_vjp(
         self,
@@ -261,30 +286,19 @@ class PatchPrior(Prior):
         *,
         generators: Generators | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Returns `D(x)` and `J_D(x)^T v`, exact, in the memory of one chunk.
+        r"""Returns `D(x)` and `J_D(x)^T v`, exact, in the memory of one chunk.
 
-        Patches do not overlap, so the Jacobian is block diagonal: after a pass without a graph has given `D(x)` and
-        `v = cotangent(D(x))`, each chunk is denoised again with its graph and pulls back its own part of `v`.
+        $$ J_D^T v = \sum_c G_c^T J_c^T W_c G_c v, \qquad J_c = \partial D(G_c u) / \partial (G_c u) $$
         """
-        sigma = per_sample(sigma, x)
         with torch.no_grad():
-            tiling, offsets, patches, positions = self._layout(x, sigma, generators)
-            levels = sigma.repeat_interleave(len(patches) // len(x))
-            chunks = list(self._chunks(len(patches)))
-            if len(chunks) > 1:
-                denoised = torch.cat([self.denoiser(patches[c], levels[c], positions[c]) for c in chunks])
-        with torch.enable_grad():
-            if len(chunks) == 1:  # one chunk's graph fits: keep it instead of denoising twice
-                leaf = patches.requires_grad_(True)
-                kept = self.denoiser(leaf, levels, positions)
-                denoised = kept.detach()
-            x0 = self._assemble(tiling, offsets, denoised)
-            v = self._split(tiling, offsets, cotangent(x0).detach())
-            if len(chunks) == 1:
-                (pulled,) = torch.autograd.grad(kept, leaf, v)
-            else:
-                pulled = torch.cat([self._pull_back(patches[c], levels[c], positions[c], v[c]) for c in chunks])
-        return x0, self._assemble(tiling, offsets, pulled)
+            evaluation = self._lay_out(x, sigma, generators)
+            gradient = evaluation.canvas()
+
+        def pull(patches: Tensor, denoised: Tensor, v: Tensor, chunk: slice) -> None:
+            evaluation.push(gradient, torch.autograd.grad(denoised, patches, v)[0], chunk, weighted=False)
+
+        x0 = self._two_passes(evaluation, cotangent, pull, leaves=True)
+        return x0, evaluation.crop(gradient)
 
     def backpropagate(
         self,
@@ -296,35 +310,42 @@ class PatchPrior(Prior):
     ) -> Tensor:
         r"""Returns `D(x)`, detached, and adds `J_theta^T v` to its parameters' `.grad`, in the memory of one chunk.
 
-        $$ J_\theta^T v = \sum_c \partial_\theta \langle G_c v, D_\theta(G_c x) \rangle $$
-
-        Each pixel comes from one patch, so once `D(x)` is known, and with it `v = cotangent(D(x))`, every chunk `c` is
-        denoised again and pulls back its own part of `v`; only the first keeps its graph from the first pass.
+        $$ J_\theta^T v = \sum_c \partial_\theta \langle W_c G_c v, D_\theta(G_c u) \rangle $$
         """
-        sigma = per_sample(sigma, x)
         with torch.no_grad():
-            tiling, offsets, patches, positions = self._layout(x, sigma, generators)
-            levels = sigma.repeat_interleave(len(patches) // len(x))
-            first, *others = self._chunks(len(patches))
+            evaluation = self._lay_out(x, sigma, generators)
+
+        def pull(patches: Tensor, denoised: Tensor, v: Tensor, chunk: slice) -> None:
+            pull_back(denoised, v)
+
+        return self._two_passes(evaluation, cotangent, pull, leaves=False)
+
+    def _two_passes(self, evaluation: _Evaluation, cotangent: Cotangent, pull: _Pull, *, leaves: bool) -> Tensor:
+        """Returns `D(x)`, and calls `pull(G_c u, D(G_c u), W_c G_c v, chunk)` for each chunk, with its graph.
+
+        Only when all of `D(x)` is known is `v = cotangent(D(x))`, so every chunk is denoised twice, the second time
+        with its graph; the first chunk's graph is kept from the first pass.
+        """
+
+        def denoise(chunk: slice) -> tuple[Tensor, Tensor]:
+            patches, levels, positions = evaluation.cut(chunk)
+            patches.requires_grad_(leaves)
+            return patches, self.denoiser(patches, levels, positions)
+
+        first, *others = self._chunks(evaluation)
         # Weights cached by `torch.nn.utils.parametrize.cached` are made in the first call: it has to have a graph.
         with torch.enable_grad():
-            kept = self.denoiser(patches[first], levels[first], positions[first])
+            patches, denoised = denoise(first)
         with torch.no_grad():
-            chunks = [self.denoiser(patches[c], levels[c], positions[c]) for c in others]
-            x0 = self._assemble(tiling, offsets, torch.cat([kept.detach(), *chunks]))
-        with torch.enable_grad():
-            v = self._split(tiling, offsets, cotangent(x0).detach())
-            pull_back(kept, v[first])
-            del kept
+            canvas = evaluation.canvas()
+            evaluation.push(canvas, denoised, first, weighted=True)
             for c in others:
-                pull_back(self.denoiser(patches[c], levels[c], positions[c]), v[c])
+                evaluation.push(canvas, self.denoiser(*evaluation.cut(c)), c, weighted=True)
+            x0 = evaluation.crop(canvas)
+        with torch.enable_grad():
+            v = evaluation.canvas(cotangent(x0).detach())
+            pull(patches, denoised, evaluation.pull(v, first), first)
+            del patches, denoised
+            for c in others:
+                pull(*denoise(c), evaluation.pull(v, c), c)
         return x0
-
-    def _pull_back(self, patches: Tensor, levels: Tensor, positions: Tensor, v: Tensor) -> Tensor:
-        leaf = patches.detach().requires_grad_(True)
-        return torch.autograd.grad(self.denoiser(leaf, levels, positions), leaf, v)[0]
-
-    def _split(self, tiling: Tiling, offsets: list[tuple[int, int]], x: Tensor) -> Tensor:
-        m, n = tiling.pad
-        frame = nnf.pad(x, (n, n, m, m))
-        return torch.cat([tiling.split(f, o) for f, o in zip(frame, offsets, strict=True)])

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from invrecon.report.figures import choose_windows, window_range
+from invrecon.data.intensity import HOUNSFIELD, Intensity
+from invrecon.report.figures import as_array, choose_windows, window_range
 from invrecon.report.sheet import ACCENT, BACKGROUND, GAP, LEFT, MUTED, PANEL, TEXT, TOP, Sheet
 
 if TYPE_CHECKING:
@@ -93,15 +94,17 @@ def adaptation_figure(
     *,
     title: str = "",
     subtitle: str = "",
+    intensity: Intensity = HOUNSFIELD,
 ) -> Path:
     """Losses along the steps and the movement of every layer; below, the estimates on the way.
 
     Args:
         path: PNG, written atomically.
         trace: As of `encode_trace`.
-        images: Estimates `(K, H, W)` at the steps `trace["shown"]`, in [HU]; None for none.
+        images: Estimates `(K, H, W)`, in colour `(K, 3, H, W)`, at the steps `trace["shown"]`; None for none.
         title: Such as the case's id.
         subtitle: Such as the method's name.
+        intensity: Units of the estimates.
 
     Returns:
         `path`.
@@ -112,11 +115,11 @@ def adaptation_figure(
     sheet.losses(trace)
     sheet.movement(trace)
     if images is not None and shown:
-        window = choose_windows(images[-1])[0]
+        window = choose_windows(images[-1], intensity)[0]
         owner = f"estimates of {_owner(trace)}" if len(trace["cases"]) > 1 else "estimates"
         for k, index in enumerate(shown):
             row, column = 1 + k // NUM_COLUMNS, k % NUM_COLUMNS
-            axes = sheet.panel(row, column, images[k], window, (0, 0, 0))
+            axes = sheet.panel(row, column, as_array(images[k]), window, (0, 0, 0))
             sheet.label(axes, trace["steps"][index]["name"], index == trace["stopped_at"])
             if column == 0:
                 sheet.row_label(row, owner, f"{window.name}, {window_range(window)}")

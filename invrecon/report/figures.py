@@ -1,13 +1,14 @@
 """Figures of reconstructions: dark panels, CT windows, signed errors, a zoom, a scale bar.
 
-Images are `(H, W)` (or `(1, H, W)`) in physical units, CT in [HU]. PSNR labels are computed as in `metrics`,
-on the intensity scale `(u - offset) / scale` clipped to [0, 1]. matplotlib is imported when a figure is
-drawn, and no display is needed.
+Images are `(H, W)` (or `(1, H, W)`) in physical units, CT in [HU], or in colour `(3, H, W)`. PSNR labels are
+computed as in `metrics`, on the intensity scale `(u - offset) / scale` clipped to [0, 1]. matplotlib is imported
+when a figure is drawn, and no display is needed.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,8 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from invrecon.data.intensity import HOUNSFIELD, Intensity
+from invrecon.data.kspace import MAGNITUDE
 from invrecon.metrics.image import body_mask, psnr
-from invrecon.report.sheet import INSET, Sheet, Window
+from invrecon.report.sheet import INSET, Sheet, Window, grey
 
 Image = Tensor | np.ndarray
 
@@ -29,12 +32,16 @@ ERROR_LIMITS = (10, 20, 30, 50, 75, 100, 150, 200, 300, 500, 1000)
 ZOOM = 0.2  # side of the zoomed square, as a share of the image
 
 
-def choose_windows(image: Image) -> tuple[Window, ...]:
+def choose_windows(image: Image, intensity: Intensity = HOUNSFIELD) -> tuple[Window, ...]:
     """The windows a radiologist would pick: lung first where there is lung, soft tissue always; [HU].
 
-    Lung is there when a sixteenth of the body lies between -950 and -500 HU.
+    Lung is there when a sixteenth of the body lies between -950 and -500 HU. An image in other units is shown on its
+    whole scale, in a window that bears the units' name.
     """
-    array = torch.from_numpy(_array(image))
+    if intensity.units != HOUNSFIELD.units:
+        low = intensity.offset
+        return (Window(intensity.units or "full scale", low, low + intensity.scale, units=""),)
+    array = torch.from_numpy(as_array(image))
     inside = array[body_mask((array[None, None] + 1000) / 3000)[0, 0]]
     lung = ((inside > -950) & (inside < -500)).float().mean().item()  # NaN, so no lung, where there is no body
     return (LUNG, SOFT_TISSUE) if lung > 1 / 16 else (SOFT_TISSUE,)
@@ -47,12 +54,12 @@ def case_figure(
     reference: Image | None = None,
     std: Image | None = None,
     residual: Image | None = None,
+    phase: Image | None = None,
     title: str = "",
     subtitle: str = "",
     voxel_mm: Sequence[float] | None = None,
     windows: Sequence[Window] | None = None,
-    offset: float = -1000.0,
-    scale: float = 3000.0,
+    intensity: Intensity = HOUNSFIELD,
 ) -> Path:
     """One slice: the reference and every method's image, a row a window, then signed errors.
 
@@ -65,28 +72,29 @@ def case_figure(
         reference: The truth.
         std: Standard deviation of the posterior samples.
         residual: `A x - y` of the last image, `(views, bins)`.
+        phase: Phase of the last image, of which `images` then hold magnitudes [rad].
         title: Such as the case's id.
         subtitle: Such as the measurement and the method.
         voxel_mm: Voxel size (z, y, x) in [mm]; the last gives the scale bar.
         windows: Display windows; by default `choose_windows`.
-        offset: Intensity scale of the PSNR.
-        scale: Intensity scale of the PSNR.
+        intensity: Units of the images, and the scale of the PSNR.
 
     Returns:
         `path`.
     """
-    arrays = {name: _array(image) for name, image in images.items()}
-    truth = None if reference is None else _array(reference)
+    arrays = {name: as_array(image) for name, image in images.items()}
+    truth = None if reference is None else as_array(reference)
     guide = next(reversed(arrays.values())) if truth is None else truth
-    windows = choose_windows(guide) if windows is None else tuple(windows)
+    windows = choose_windows(guide, intensity) if windows is None else tuple(windows)
     columns = ([] if truth is None else ["Reference"]) + list(arrays)
     extras = [("Std. deviation", std)] if std is not None else []
     extras += [("Residual sinogram", residual)] if residual is not None else []
+    extras += [("Phase", phase)] if phase is not None else []
     stacked = truth is None and len(windows) == len(extras) == 2
     num_rows = len(windows) + (truth is not None)
-    sheet = Sheet(num_rows, len(columns) + (1 if stacked else len(extras)), guide.shape, title, subtitle)
+    sheet = Sheet(num_rows, len(columns) + (1 if stacked else len(extras)), guide.shape[:2], title, subtitle)
     sheet.titles([*columns, *(name for name, _ in (extras[:1] if stacked else extras))])
-    labels = _psnr_labels(arrays, truth, offset, scale)
+    labels = _psnr_labels(arrays, truth, intensity.offset, intensity.scale)
     for row, window in enumerate(windows):
         box = _zoom_box(guide, window)
         sheet.row_label(row, window.name, window_range(window))
@@ -99,18 +107,22 @@ def case_figure(
                 sheet.scale_bar(axes, voxel_mm)
     units = windows[0].units
     if truth is not None:
-        limit = _error_limit([[array - truth for array in arrays.values()]])
+        limit = _error_limit([[array - truth for array in arrays.values()]], units)
         sheet.errors(num_rows - 1, arrays, truth, limit, units)
     for index, (name, extra) in enumerate(extras):
-        array, signed = _array(extra), name.startswith("Residual")
+        array, signed = grey(as_array(extra)), name.startswith("Residual")
         row, column = (index, len(columns)) if stacked else (0, len(columns) + index)
+        if name == "Phase":
+            mappable = sheet.map(row, column, array, -math.pi, math.pi, signed=False, cyclic=True)
+            sheet.colour_bar(mappable, row + (num_rows > 1), column, "phase [rad]", inside=num_rows == 1)
+            continue
         top = float(np.percentile(np.abs(array), 99.5)) or 1.0
         mappable = sheet.map(row, column, array, -top if signed else 0.0, top, signed)
-        unit = "residual sinogram, A x - y" if signed else f"standard deviation [{units}]"
+        unit = "residual sinogram, A x - y" if signed else f"standard deviation [{intensity.units}]"
         free = not stacked and num_rows > 1 + (truth is not None and not signed)
         sheet.colour_bar(mappable, row + free, column, unit, inside=not free)
         if truth is not None and not signed:  # where the samples differ should be where the mean is wrong
-            error = np.abs(next(reversed(arrays.values())) - truth)
+            error = grey(np.abs(next(reversed(arrays.values())) - truth))
             axes = sheet.map(num_rows - 1, column, error, 0.0, top, signed=False).axes
             sheet.label(axes, "|error|, same scale", False)
     return sheet.save(path)
@@ -125,8 +137,7 @@ def comparison_figure(
     subtitle: str = "",
     voxel_mm: Sequence[float] | None = None,
     window: Window | None = None,
-    offset: float = -1000.0,
-    scale: float = 3000.0,
+    intensity: Intensity = HOUNSFIELD,
 ) -> Path:
     """Settings against methods: for each setting, such as '20 views', a row of images and one of errors.
 
@@ -138,22 +149,21 @@ def comparison_figure(
         subtitle: On what.
         voxel_mm: Voxel size (z, y, x) in [mm].
         window: Display window; by default the first of `choose_windows`.
-        offset: Intensity scale of the PSNR.
-        scale: Intensity scale of the PSNR.
+        intensity: Units of the images, and the scale of the PSNR.
 
     Returns:
         `path`.
     """
-    truth = _array(reference)
-    settings = {name: {m: _array(image) for m, image in row.items()} for name, row in images.items()}
-    window = window or choose_windows(truth)[0]
+    truth = as_array(reference)
+    settings = {name: {m: as_array(image) for m, image in row.items()} for name, row in images.items()}
+    window = window or choose_windows(truth, intensity)[0]
     methods = list(next(iter(settings.values())))
-    sheet = Sheet(2 * len(settings), 1 + len(methods), truth.shape, title, subtitle)
+    sheet = Sheet(2 * len(settings), 1 + len(methods), truth.shape[:2], title, subtitle)
     sheet.titles(["Reference", *methods])
     box = _zoom_box(truth, window)
-    limit = _error_limit([[array - truth for array in arrays.values()] for arrays in settings.values()])
+    limit = _error_limit([[array - truth for array in arrays.values()] for arrays in settings.values()], window.units)
     for index, (setting, arrays) in enumerate(settings.items()):
-        labels = _psnr_labels(arrays, truth, offset, scale)
+        labels = _psnr_labels(arrays, truth, intensity.offset, intensity.scale)
         sheet.row_label(2 * index, setting, f"{window.name}, {window_range(window)}")
         axes = sheet.panel(2 * index, 0, truth, window, box)
         sheet.scale_bar(axes, voxel_mm)
@@ -168,17 +178,18 @@ def image_png(image: Image, window: Window | None = None) -> bytes:
     """The bare image as PNG bytes in its window, pixel for pixel: for the page's comparator."""
     from matplotlib import image as writer
 
-    array = _array(image)
+    array = as_array(image)
     window = window or choose_windows(array)[0]
     buffer = io.BytesIO()
-    writer.imsave(buffer, array, cmap="gray", vmin=window.low, vmax=window.high, format="png")
+    writer.imsave(buffer, window.colours(array), cmap="gray", vmin=window.low, vmax=window.high, format="png")
     return buffer.getvalue()
 
 
-def _array(image: Image) -> np.ndarray:
-    """As a float32 `(H, W)` array; a leading axis of one is dropped."""
+def as_array(image: Image) -> np.ndarray:
+    """As a float32 array `(H, W)`, without a leading axis of one, or in colour `(H, W, 3)`."""
     array = image.detach().cpu().float().numpy() if isinstance(image, torch.Tensor) else np.asarray(image)
-    return np.asarray(array, dtype=np.float32).reshape(array.shape[-2:])
+    array = np.asarray(array, dtype=np.float32)
+    return np.moveaxis(array, 0, -1) if array.ndim == 3 and len(array) == 3 else array.reshape(array.shape[-2:])
 
 
 def _psnr_labels(
@@ -196,14 +207,18 @@ def _psnr_labels(
     return {name: (f"{v:.2f} dB", v == best and len(values) > 1) for name, v in values.items()}
 
 
-def _error_limit(settings: Sequence[Sequence[np.ndarray]]) -> float:
+def _error_limit(settings: Sequence[Sequence[np.ndarray]], units: str = "") -> float:
     """A round limit, one for all: in every setting it shows the best image whole; worse ones may saturate."""
-    spread = max(min(float(np.percentile(np.abs(error), 99.5)) for error in errors) for errors in settings)
+    spread = max(min(float(np.percentile(np.abs(grey(error)), 99.5)) for error in errors) for errors in settings)
+    if units == MAGNITUDE.units:  # of any size: fastMRI's are of 1e-4
+        power = 10.0 ** math.floor(math.log10(spread)) if spread > 0 else 1.0
+        return next(power * step for step in (1, 2, 5, 10) if power * step >= 0.999 * spread)
     return float(next((limit for limit in ERROR_LIMITS if limit >= spread), ERROR_LIMITS[-1]))
 
 
 def _zoom_box(image: np.ndarray, window: Window) -> tuple[int, int, int]:
     """Top, left and side of the square with most edges inside the window, in the middle of the image."""
+    image = grey(image)
     size = int(ZOOM * min(image.shape))
     if size < 8:
         return 0, 0, 0
@@ -221,4 +236,4 @@ def _zoom_box(image: np.ndarray, window: Window) -> tuple[int, int, int]:
 
 def window_range(window: Window) -> str:
     """The window's range in words."""
-    return f"{window.low:.0f} … {window.high:.0f} {window.units}"
+    return f"{window.low:.4g} … {window.high:.4g} {window.units}".rstrip()

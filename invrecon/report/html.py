@@ -11,6 +11,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from invrecon.data.intensity import HOUNSFIELD, Intensity
+from invrecon.data.kspace import MAGNITUDE
 from invrecon.errors import InputError
 from invrecon.files import atomic_write
 from invrecon.metrics.summary import (
@@ -24,14 +26,17 @@ from invrecon.metrics.summary import (
 )
 
 _ROW_COLUMNS = ("case", "slice", "patient", "method", *COLUMNS, "seed")
-NOTES_WITH_REFERENCE = (
-    "PSNR and SSIM use a data range of 1 on the intensity scale x = clip((HU + 1000) / 3000, 0, 1), both "
-    "images clipped to it; SSIM has a uniform window of 7 x 7 pixels. They are computed slice by slice on "
-    "the whole image; “body” means inside the patient's outline alone, where air and table do not flatter.",
+CRIME = (
     "The measurement was simulated from the reference by the operator that the reconstruction uses, on the "
-    "same grid (an inverse crime), unless the facts above say otherwise: real data are harder.",
-    "The relative residual is ‖A x - y‖ / ‖y‖. With noise, a value far below the noise level is overfitting.",
+    "same grid (an inverse crime), unless the facts above say otherwise: real data are harder."
 )
+COMPLEX = (
+    "PSNR and SSIM are those of magnitudes, slice by slice, with the largest value of the slice's reference as their "
+    "data range, to which the reconstruction is clipped; SSIM has a uniform window of 7 x 7 pixels. The reference of "
+    "measured k-space is the combination of coils, by maps of the calibration region, of all that was measured. "
+    "volumes.csv has NMSE, PSNR and SSIM of whole volumes, as fastMRI has them: they are higher."
+)
+RESIDUAL = "The relative residual is ‖A x - y‖ / ‖y‖. With noise, a value far below the noise level is overfitting."
 NOTES_WITHOUT_REFERENCE = (
     "There is no reference for this measurement, so there is no image error to report. A small residual says "
     "that the image explains the measurement, not that it is right: with few views very different images do.",
@@ -75,6 +80,7 @@ def write_report(
     notes: Sequence[str] | None = None,
     comparisons: Sequence[Comparison] = (),
     adaptation: Sequence[Figure] = (),
+    intensity: Intensity = HOUNSFIELD,
 ) -> Path:
     """Writes the page.
 
@@ -95,6 +101,7 @@ def write_report(
         notes: What a reader has to know to not misread the numbers; by default the notes that fit `rows`.
         comparisons: Slices to compare under a slider.
         adaptation: How the prior was adapted to each case, under a heading of their own.
+        intensity: The scale of the metrics.
 
     Returns:
         `path`.
@@ -105,7 +112,7 @@ def write_report(
     rows = [dict(row) for row in rows]
     if notes is None:
         has_reference = any(row.get("psnr") is not None for row in rows)
-        notes = NOTES_WITH_REFERENCE if has_reference else NOTES_WITHOUT_REFERENCE
+        notes = _notes_with_reference(rows, intensity) if has_reference else NOTES_WITHOUT_REFERENCE
     entries = [f if isinstance(f, Figure) else Figure(f, Path(f).stem) for f in figures]
     sections = [
         _section("Summary", _summary_table(summary) if summary else ""),
@@ -125,6 +132,22 @@ def write_report(
     with atomic_write(path) as file:
         file.write(page.encode())
     return Path(path)
+
+
+def _notes_with_reference(rows: Sequence[Mapping[str, Any]], intensity: Intensity) -> tuple[str, ...]:
+    """What the metrics are, on which scale and over which pixels."""
+    if intensity.units == MAGNITUDE.units:
+        return COMPLEX, CRIME, RESIDUAL
+    shift = f"({intensity.units} {'+' if intensity.offset < 0 else '-'} {abs(intensity.offset):g})"
+    value = shift if intensity.offset else f"value [{intensity.units}]" if intensity.units else "value"
+    scale = f"x = clip({value} / {intensity.scale:g}, 0, 1)" if intensity.scale != 1 else f"x = clip({value}, 0, 1)"
+    body = "; “body” means inside the patient's outline alone, where air and table do not flatter"
+    has_body = any(row.get("psnr_body") is not None for row in rows)
+    what = (
+        f"PSNR and SSIM use a data range of 1 on the intensity scale {scale}, both images clipped to it; SSIM has a "
+        "uniform window of 7 x 7 pixels. They are computed image by image, over all pixels and channels"
+    )
+    return f"{what}{body if has_body else ''}.", CRIME, RESIDUAL
 
 
 def _text(value: Any) -> str:

@@ -35,7 +35,7 @@ def fingerprint(settings: Mapping[str, Any], weights_sha256: str | None = None, 
 
 
 def file_identity(path: str | os.PathLike[str]) -> str:
-    """Name, size and time of change: enough to notice another file without reading it.
+    """Name, size and time of change, of a folder those of its files: enough to notice another one without reading it.
 
     Raises:
         InputError: There is no such file.
@@ -45,6 +45,9 @@ def file_identity(path: str | os.PathLike[str]) -> str:
         status = path.stat()
     except OSError as error:
         raise InputError(f"Cannot read {path}: {error.strerror}; check the path.") from error
+    if path.is_dir():
+        files = sorted(entry for entry in path.iterdir() if entry.is_file())
+        return f"{path.name}/{','.join(map(file_identity, files))}"
     return f"{path.name}:{status.st_size}:{status.st_mtime_ns}"
 
 

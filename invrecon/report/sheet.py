@@ -28,6 +28,15 @@ class Window:
     high: float
     units: str = "HU"
 
+    def colours(self, array: np.ndarray) -> np.ndarray:
+        """Returns a colour image `(H, W, 3)` on [0, 1], which no colour map sees; a grey one `(H, W)` as it is."""
+        return np.clip((array - self.low) / (self.high - self.low), 0, 1) if array.ndim == 3 else array
+
+
+def grey(array: np.ndarray) -> np.ndarray:
+    """Returns the mean over the channels of a colour image `(H, W, 3)`; a grey one `(H, W)` as it is."""
+    return array.mean(axis=-1) if array.ndim == 3 else array
+
 
 class Sheet:
     """A figure of `num_rows x num_columns` panels.
@@ -72,6 +81,7 @@ class Sheet:
         from matplotlib.patches import Rectangle
 
         axes = self._axes(row, column)
+        array = window.colours(array)
         style: dict[str, Any] = {"cmap": "gray", "vmin": window.low, "vmax": window.high}
         axes.imshow(array, interpolation="nearest", aspect="auto", **style)
         top, left, size = box
@@ -83,12 +93,14 @@ class Sheet:
             _bare(inset, ACCENT, 0.7)
         return axes
 
-    def map(self, row: int, column: int, array: np.ndarray, low: float, high: float, signed: bool) -> Any:
-        """A map in colours: diverging, dark at zero, when signed."""
+    def map(
+        self, row: int, column: int, array: np.ndarray, low: float, high: float, signed: bool, cyclic: bool = False
+    ) -> Any:
+        """A map in colours: diverging, dark at zero, when signed; the same at both ends when cyclic, as phases are."""
         axes = self._axes(row, column)
         return axes.imshow(
             array,
-            cmap=_diverging() if signed else "inferno",
+            cmap=_diverging() if signed else "twilight" if cyclic else "inferno",
             vmin=low,
             vmax=high,
             aspect="auto",
@@ -96,19 +108,21 @@ class Sheet:
         )
 
     def errors(self, row: int, arrays: Mapping[str, np.ndarray], truth: np.ndarray, limit: float, units: str) -> None:
-        """A row of signed errors on one scale, its colour bar under the reference."""
-        self.row_label(row, "error", f"± {limit:.0f} {units}")
+        """A row of signed errors, in colour their mean over the channels, on one scale; its bar under the reference."""
+        self.row_label(row, "error", f"± {limit:g} {units}".rstrip())
         mappable = None
         for column, array in enumerate(arrays.values(), start=1):
-            mappable = self.map(row, column, array - truth, -limit, limit, signed=True)
+            mappable = self.map(row, column, grey(array - truth), -limit, limit, signed=True)
             rmse = float(np.sqrt(np.mean((array - truth) ** 2)))
-            self.label(mappable.axes, f"RMSE {rmse:.{0 if rmse >= 10 else 1}f} {units}", False)
-        self.colour_bar(mappable, row, 0, f"reconstruction - reference [{units}]", inside=False)
+            digits = ".0f" if rmse >= 10 else ".1f" if rmse >= 0.05 else ".2g"
+            self.label(mappable.axes, f"RMSE {rmse:{digits}} {units}".rstrip(), False)
+        what = "reconstruction - reference" + (", mean of channels" if truth.ndim == 3 else "")
+        self.colour_bar(mappable, row, 0, f"{what} [{units}]" if units else what, inside=False)
 
     def colour_bar(self, mappable: Any, row: int, column: int, label: str, inside: bool) -> None:
         """A slim horizontal bar: at the top of a free cell, or inside, along the lower edge of the map."""
         from matplotlib.patches import Rectangle
-        from matplotlib.ticker import MaxNLocator
+        from matplotlib.ticker import FormatStrFormatter, MaxNLocator
 
         x = LEFT + column * (PANEL + GAP) + 0.12 * PANEL
         y = TOP + row * (self.panel_height + GAP) + (self.panel_height - 0.36 if inside else 0.2)
@@ -129,6 +143,8 @@ class Sheet:
         bar = self.figure.colorbar(mappable, cax=axes, orientation="horizontal")
         bar.outline.set_visible(False)  # type: ignore[operator]
         bar.locator = MaxNLocator(4, symmetric=mappable.norm.vmin < 0)
+        if mappable.norm.vmax < 0.01:  # no common factor apart, for which there is no room
+            bar.formatter = FormatStrFormatter("%g")
         bar.update_ticks()
         colour = TEXT if inside else MUTED
         axes.tick_params(colors=colour, labelsize=6, length=2, width=0.5, pad=1.5)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 ADAPTATION = "adaptation.json"
 TRACE = "trace"
-STACKS = ("samples", "steps")  # several images of a slice
+STACKS = ("samples", "samples_phase", "steps")  # several images of a slice
 
 ROW_FIELDS = (
     *("case", "slice", "patient", "method", "psnr", "ssim", "psnr_body", "relative_residual"),

@@ -1,8 +1,9 @@
 """The layout of results in HDF5: a part holds one slice, a volume all slices of a case.
 
-Volume: `mean` `(N, H, W)`, if there are any `std` `(N, H, W)` and `samples` `(N, S, H, W)`, float32, gzip, a
-chunk a slice; `slices` `(N,)` their indices in the input, `rows` `(N,)` their metrics as JSON; attributes
-`units`, `voxel_mm` (z, y, x) in [mm], `source`, `fingerprint`, `provenance` (JSON).
+Volume: `mean` `(N, H, W)`, in colour `(N, 3, H, W)`, if there are any `std` like it and `samples` `(N, S, ...)`,
+float32, gzip, a chunk a slice; of complex images these are magnitudes, with `phase` and `samples_phase` like them
+[rad], and coil `maps` `(N, coils, H, W)`, complex64; `slices` `(N,)` their indices in the input, `rows` `(N,)` their
+metrics as JSON; attributes `units`, `voxel_mm` (z, y, x) in [mm], `source`, `fingerprint`, `provenance` (JSON).
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     import h5py
 
 FORMAT = "invrecon-volume-1"
-VOLUME_DATASETS = ("mean", "std", "samples")
+VOLUME_DATASETS = ("mean", "std", "samples", "phase", "samples_phase", "maps")
+OTHER_UNITS = {"phase": "rad", "samples_phase": "rad", "maps": "1"}
 
 
 def write_volume(path: Path, parts: Mapping[int, Path], units: str, provenance: Mapping[str, Any]) -> None:
@@ -44,6 +46,7 @@ def write_volume(path: Path, parts: Mapping[int, Path], units: str, provenance: 
         slices = sorted({*parts, *old_positions})
         with h5py.File(next(iter(parts.values())), "r") as first:
             layout = {name: first[name].shape for name in VOLUME_DATASETS if name in first}
+            dtypes = {name: np.complex64 if first[name].dtype.kind == "c" else np.float32 for name in layout}
             voxel_mm, source, run = (
                 voxel_of(first),
                 str(first.attrs["source"]),
@@ -54,12 +57,12 @@ def write_volume(path: Path, parts: Mapping[int, Path], units: str, provenance: 
                 file.create_dataset(
                     name,
                     shape=(len(slices), *shape),
-                    dtype=np.float32,
+                    dtype=dtypes[name],
                     chunks=(1, *(1,) * (len(shape) - 2), *shape[-2:]),
                     compression="gzip",
                     compression_opts=4,
                     shuffle=True,
-                ).attrs["units"] = units
+                ).attrs["units"] = OTHER_UNITS.get(name, units)
             file.create_dataset("slices", data=np.asarray(slices, dtype=np.int32))
             rows = file.create_dataset("rows", shape=(len(slices),), dtype=h5py.string_dtype())
             for n, index in enumerate(slices):
@@ -76,7 +79,7 @@ def write_volume(path: Path, parts: Mapping[int, Path], units: str, provenance: 
                     rows[n] = old["rows"].asstr()[old_positions[index]]
             file.attrs["format"] = FORMAT
             file.attrs["units"] = units
-            file.attrs["axes"] = "slice, row, column"
+            file.attrs["axes"] = "slice, row, column" if len(layout["mean"]) == 2 else "slice, channel, row, column"
             file.attrs["source"] = source
             file.attrs["fingerprint"] = run
             file.attrs["provenance"] = to_json(provenance)
@@ -128,8 +131,10 @@ def has_mean(path: Path) -> bool:
 
 
 def squeeze_channel(value: Tensor | np.ndarray, keep_first: bool) -> np.ndarray:
-    """As float32 on the CPU, without the channel axis where it has one entry."""
-    array = value.detach().cpu().float().numpy() if isinstance(value, Tensor) else np.asarray(value, dtype=np.float32)
+    """As float32 (or complex64) on the CPU, without the channel axis where it has one entry."""
+    if isinstance(value, Tensor):
+        value = (value if value.is_complex() else value.float()).detach().cpu().numpy()
+    array = np.asarray(value, dtype=np.complex64 if value.dtype.kind == "c" else np.float32)
     axis = 1 if keep_first else 0
     return array.squeeze(axis) if array.ndim > 2 + axis and array.shape[axis] == 1 else array
 

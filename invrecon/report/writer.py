@@ -10,9 +10,12 @@ from typing import Any
 import lightning
 from torch import Tensor
 
-from invrecon.files import atomic_write
+from invrecon.data.intensity import Intensity
+from invrecon.data.kspace import MAGNITUDE
+from invrecon.files import atomic_write, write_csv
 from invrecon.metrics.summary import ADAPTATION_METRICS, METRICS, format_table
 from invrecon.report.adaptation import adaptation_figure, describe_trace, encode_trace, step_images
+from invrecon.report.complex import as_magnitudes, case_intensity, is_complex, stored_maps, view, volume_rows
 from invrecon.report.provenance import file_identity, fingerprint, provenance
 from invrecon.report.store import Part, PredictionStore, remove_leftovers, write_metrics, write_traces
 
@@ -66,7 +69,7 @@ class ResultWriter(lightning.Callback):
         for path, indices in index:
             num = min(pl_module.num_figures, len(indices))
             chosen = {indices[(2 * k + 1) * len(indices) // (2 * num)] for k in range(num)}
-            self.drawn |= {name for name in data.case_ids() if _splits(name, Path(path).name, chosen)}
+            self.drawn |= {name for name in data.case_ids() if _splits(name, Path(path).resolve().name, chosen)}
 
     def _settings(self, stage: str, pool: bool) -> dict[str, Any]:
         settings: dict[str, Any] = {"command": stage}
@@ -92,26 +95,38 @@ class ResultWriter(lightning.Callback):
         for b, name in enumerate(outputs.batch.id):
             trace = self._trace(outputs, b, pl_module)
             source = outputs.batch.source[b]
-            self.store.save(name, self.fingerprint, {}, outputs.rows[b], source=source, trace=trace)
+            arrays: dict[str, Tensor | None] = {}
+            if is_complex(outputs.estimate.mean):  # for the metrics of whole volumes
+                decode = case_intensity(trainer.datamodule.intensity, _scale(outputs.batch, b)).decode
+                arrays = {"mean": decode(outputs.estimate.mean[b]), "reference": decode(outputs.reference[b])}
+                arrays = as_magnitudes(arrays)
+            self.store.save(name, self.fingerprint, arrays, outputs.rows[b], source=source, trace=trace)
 
     def on_predict_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *unused: Any) -> None:
         """Keeps the images and metrics of a batch."""
-        scale, decode = trainer.datamodule.intensity.scale, trainer.datamodule.intensity.decode
         estimate, batch = outputs.estimate, outputs.batch
+        complex_images = is_complex(estimate.mean)
         for b, name in enumerate(batch.id):
+            intensity = case_intensity(trainer.datamodule.intensity, _scale(batch, b))
+            decode = intensity.decode
             arrays: dict[str, Tensor | None] = {"mean": decode(estimate.mean[b])}
             if estimate.std is not None:
-                arrays["std"] = scale * estimate.std[b]
+                arrays["std"] = intensity.scale * estimate.std[b]
             if estimate.samples is not None and pl_module.save_samples:
                 arrays["samples"] = decode(estimate.samples[b])
-            if name in self.drawn:
-                arrays["baseline"] = None if outputs.baseline is None else decode(outputs.baseline[b].clamp(0, 1))
-                arrays["reference"] = None if outputs.reference is None else decode(outputs.reference[b])
+            if name in self.drawn and outputs.baseline is not None:
+                baseline = outputs.baseline[b] if complex_images else outputs.baseline[b].clamp(0, 1)
+                arrays["baseline"] = decode(baseline)
+            if (name in self.drawn or complex_images) and outputs.reference is not None:
+                arrays["reference"] = decode(outputs.reference[b])
             trace = self._trace(outputs, b, pl_module, with_images=name in self.drawn)
             if trace is not None and trace["shown"]:
-                arrays["steps"] = decode(step_images(outputs.traces[b], trace["shown"]).clamp(0, 1))
+                steps = step_images(outputs.traces[b], trace["shown"])
+                arrays["steps"] = decode(steps if complex_images else steps.clamp(0, 1))
+            if complex_images:
+                arrays = {**as_magnitudes(arrays), "maps": stored_maps(batch, b)}
             voxel = batch.voxel_mm[b] if batch.voxel_mm else None
-            if voxel is not None and batch.reference is not None:  # stored finer than it is reconstructed
+            if voxel is not None and batch.reference is not None and batch.measurement is None:  # perhaps stored finer
                 factor = batch.reference.shape[-1] / estimate.mean.shape[-1]
                 voxel = (voxel[0], voxel[1] * factor, voxel[2] * factor)
             row, source = outputs.rows[b], batch.source[b]
@@ -130,6 +145,7 @@ class ResultWriter(lightning.Callback):
         if trainer.is_global_zero:
             summary = write_metrics(self.output, self.store.rows())
             write_traces(self.output, self.store.traces())
+            self._write_volumes(trainer)
             self.store.clear()
             print(_table(pl_module.label, summary))
             print(f"Written to {self.output}: metrics.csv, summary.json.")
@@ -144,10 +160,11 @@ class ResultWriter(lightning.Callback):
         parts = [self.store.read(name) for name in self.store.ids() if name in self.drawn]
         drawn = [part for part in parts if not self._figure(part).exists()]
         for part in drawn:
-            self._draw(part, pl_module)
+            self._draw(part, pl_module, trainer.datamodule.intensity)  # type: ignore[attr-defined]
         traces = self.store.traces()
         write_traces(self.output, traces)
-        adapted = self._draw_adaptations(parts, traces, pl_module)
+        adapted = self._draw_adaptations(parts, traces, pl_module, trainer.datamodule.intensity)  # type: ignore[attr-defined]
+        self._write_volumes(trainer)
         volumes = self.store.assemble()
         self._write_page(parts, rows, summary, pl_module, trainer, adapted)
         if any("psnr" in row for row in rows):
@@ -155,25 +172,34 @@ class ResultWriter(lightning.Callback):
         names = ", ".join(path.name for path in volumes) or "no new volume"
         print(f"Written to {self.output}: {names}; report.html, metrics.csv, summary.json and figures.")
 
+    def _write_volumes(self, trainer: Any) -> None:
+        """Writes `volumes.csv`, the metrics of whole volumes, for complex images with references."""
+        if trainer.datamodule.intensity.units == MAGNITUDE.units and (rows := volume_rows(self.store)):
+            write_csv(self.output / "volumes.csv", rows)
+
     def _figure(self, part: Part, what: str = "") -> Path:
         return self.output / "figures" / f"{part.case}_{part.index:04d}{what}.png"
 
-    def _draw(self, part: Part, pl_module: Any) -> None:
+    def _draw(self, part: Part, pl_module: Any, intensity: Intensity) -> None:
         from invrecon.report.figures import case_figure
 
         images = {"Direct inverse": part.arrays["baseline"]} if "baseline" in part.arrays else {}
+        windows, scale = view(part, intensity)
         case_figure(
             self._figure(part),
             {**images, pl_module.label.rsplit(" + ", 1)[-1]: part.arrays["mean"]},  # the whole would not fit
             reference=part.arrays.get("reference"),
             std=part.arrays.get("std"),
+            phase=part.arrays.get("phase"),
             title=f"{part.case}, slice {part.index}",
             subtitle=part.row["measurement"],
             voxel_mm=part.voxel_mm,
+            windows=windows,
+            intensity=scale,
         )
 
     def _draw_adaptations(
-        self, parts: list[Part], traces: Mapping[str, Mapping[str, Any]], pl_module: Any
+        self, parts: list[Part], traces: Mapping[str, Mapping[str, Any]], pl_module: Any, intensity: Intensity
     ) -> dict[Path, str]:
         """Draws how the prior was adapted to each of the slices; returns the figures with their captions."""
         captions = {}
@@ -184,7 +210,9 @@ class ResultWriter(lightning.Callback):
             title = f"{part.case}, slice {part.index}"
             if not path.exists():
                 images = part.arrays.get("steps")
-                adaptation_figure(path, trace, images, title=f"{title}: adaptation", subtitle=pl_module.label)
+                names = {"title": f"{title}: adaptation", "subtitle": pl_module.label}
+                scale = case_intensity(intensity, float(part.row.get("scale", 1.0)))
+                adaptation_figure(path, trace, images, intensity=scale, **names)
             captions[path] = f"{title}: {describe_trace(trace)}"
         return captions
 
@@ -200,10 +228,11 @@ class ResultWriter(lightning.Callback):
         from invrecon.report.figures import choose_windows, image_png
         from invrecon.report.html import Comparison, Figure, write_report
 
-        comparisons = []
+        comparisons, intensity = [], trainer.datamodule.intensity
         for part in parts[:2]:
             if "reference" in part.arrays:
-                window = choose_windows(part.arrays["reference"])[-1]
+                windows, scale = view(part, intensity)
+                window = (windows or choose_windows(part.arrays["reference"], scale))[-1]
                 images = {
                     "Reference": image_png(part.arrays["reference"], window),
                     "Reconstruction": image_png(part.arrays["mean"], window),
@@ -235,7 +264,12 @@ class ResultWriter(lightning.Callback):
             command=self.store.provenance["command"],
             comparisons=comparisons,
             adaptation=[Figure(path, caption) for path, caption in adapted.items()],
+            intensity=intensity,
         )
+
+
+def _scale(batch: Any, b: int) -> float:
+    return batch.scale[b] if batch.scale else 1.0
 
 
 def _table(label: str, summary: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from invrecon.methods.base import Estimate
 from invrecon.methods.sampling import Sampler
 from invrecon.operators.base import LinearOperator
 from invrecon.operators.noise import NoiseModel
+from invrecon.priors.layouts import Layout
 from invrecon.rng import Generators
 from invrecon.tasks.reconstruction import Reconstruction
 
@@ -32,6 +33,7 @@ class TestTimeAdaptation(Reconstruction):
         save_samples: Whether `predict` writes every posterior sample beside mean and standard deviation.
         pool: Whether the slices of one batch share one adapter; data.batch_size says how many.
         suitability: Adapts only where this test finds the prior unsuited to the measurement; everywhere if None.
+        layout: Where a patch prior lays its patches, instead of on a grid at one random offset an evaluation.
 
     Raises:
         InputError: If `method` is no sampler or `adaptation` no adaptation.
@@ -54,6 +56,7 @@ class TestTimeAdaptation(Reconstruction):
         save_samples: bool = False,
         pool: bool = False,
         suitability: SuitabilityTest | None = None,
+        layout: Layout | None = None,
     ) -> None:
         if not isinstance(method, Sampler):
             raise InputError(
@@ -62,7 +65,7 @@ class TestTimeAdaptation(Reconstruction):
             )
         if not isinstance(adaptation, Adaptation):
             raise InputError(f"model.adaptation is {type(adaptation).__name__}, which is no adaptation.")
-        super().__init__(operator, method, noise, prior, precision, seed, num_figures, save_samples)
+        super().__init__(operator, method, noise, prior, precision, seed, num_figures, save_samples, layout)
         self.adaptation, self.pool, self.suitability = adaptation, pool, suitability
 
     @property

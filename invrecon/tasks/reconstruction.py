@@ -17,14 +17,20 @@ from torch import Tensor
 from invrecon.adapt.base import Trace
 from invrecon.data.cases import CaseBatch
 from invrecon.data.intensity import Intensity
+from invrecon.data.kspace import crop
 from invrecon.errors import InputError
 from invrecon.methods.base import Estimate, Method
 from invrecon.methods.sampling import UnconditionalSampler
 from invrecon.metrics.image import body_mask, masked_psnr, psnr, ssim
+from invrecon.metrics.mri import relative_magnitudes
 from invrecon.operators.base import LinearOperator
 from invrecon.operators.ct import CT, ct_from_geometry
+from invrecon.operators.mri import MRI
 from invrecon.operators.noise import NoiseModel, NoNoise
+from invrecon.operators.sampling import achieved_acceleration
 from invrecon.priors.base import Prior
+from invrecon.priors.layouts import Layout
+from invrecon.priors.patch import PatchPrior
 from invrecon.priors.weights import PriorCard, file_hash, load_prior
 from invrecon.rng import Generators, make_generators
 from invrecon.shared import find_shared
@@ -69,6 +75,7 @@ class Reconstruction(lightning.LightningModule):
         seed: Of noise and sampling.
         num_figures: Slices a volume that `predict` draws.
         save_samples: Whether `predict` writes every posterior sample beside mean and standard deviation.
+        layout: Where a patch prior lays its patches, instead of on a grid at one random offset an evaluation.
 
     Attributes:
         pool: Whether the cases of a batch share what is learned from them, so that batches decide numbers.
@@ -86,6 +93,7 @@ class Reconstruction(lightning.LightningModule):
         seed: int = 0,
         num_figures: int = 4,
         save_samples: bool = False,
+        layout: Layout | None = None,
     ) -> None:
         super().__init__()
         if precision not in PRECISIONS:
@@ -102,9 +110,13 @@ class Reconstruction(lightning.LightningModule):
                 f"{type(method).__name__} needs a prior and model.prior is not set: give a prior file, or the name of "
                 "a shipped one such as patch_ct."
             )
+        self.layout = layout
+        if layout is not None and prior is None:
+            raise InputError(f"model.layout is {type(layout).__name__}, but no model.prior is set: give a patch prior.")
         if prior is not None:
             path = find_shared(prior, "checkpoints", ".safetensors")
             self.prior, self.card = load_prior(path)
+            self.prior = self.prior if layout is None else lay_out(self.prior, layout)
             self.prior.denoiser.compute_dtype = PRECISIONS[precision]  # type: ignore[union-attr]
             self.weights_sha256 = file_hash(path)
 
@@ -127,7 +139,7 @@ class Reconstruction(lightning.LightningModule):
                     f"The prior has {channels} image channels, {type(self.operator).__name__} has "
                     f"{self.operator.image_shape[0]}: use a prior of such images."
                 )
-        size = getattr(getattr(self.trainer, "datamodule", None), "size", None)
+        size = getattr(getattr(self._trainer, "datamodule", None), "size", None)
         if size is not None and self.operator.image_shape[1:] != (size, size):
             raise InputError(
                 f"data.size is {size}, but the operator's images are {self.operator.image_shape[1:]}: set "
@@ -135,24 +147,25 @@ class Reconstruction(lightning.LightningModule):
             )
 
     def _intensity(self) -> Intensity:
-        return getattr(getattr(self.trainer, "datamodule", None), "intensity", Intensity())
+        return getattr(getattr(self._trainer, "datamodule", None), "intensity", Intensity())
 
     def measure(self, batch: CaseBatch) -> tuple[Tensor | None, LinearOperator, Tensor | None]:
         """Returns measurements, the operator bound to them, and the reference on the reconstruction's grid.
 
         A reference `k` times finer than the reconstruction is measured on its own grid and block-averaged, so that
-        no inverse crime is committed. A case without either is one to generate: its measurement is None.
+        no inverse crime is committed; one that came with a measurement is for judging alone. A case without either is
+        one to generate: its measurement is None.
         """
         if batch.measurement is not None:
-            return batch.measurement, self.operator.bind(batch), None
+            return batch.measurement, self.operator.bind(batch), batch.reference
         x = batch.reference
         if x is None:
             return None, self.operator, None
         factor = x.shape[-1] // self.operator.image_shape[-1]
-        clean = (self.operator if factor == 1 else self._finer(factor))(x)
+        operator = self.operator.bind(batch) if factor == 1 else self._finer(factor)
         generators = make_generators(self.seed, [f"noise/{name}" for name in batch.id])
-        y, std = self.noise.sample(clean, generators, length_mm=self._length_mm(batch))
-        return y, self.operator.bind(replace(batch, noise_std=std)), nnf.avg_pool2d(x, factor)
+        y, std = self.noise.sample(operator(x), generators, length_mm=self._length_mm(batch))
+        return operator.restrict(y), self.operator.bind(replace(batch, noise_std=std)), nnf.avg_pool2d(x, factor)
 
     def _finer(self, factor: int) -> LinearOperator:
         if not isinstance(self.operator, CT):
@@ -205,13 +218,21 @@ class Reconstruction(lightning.LightningModule):
                 f"{type(self.method).__name__} gave NaN or Inf for {', '.join(batch.id)}: it diverged. Lower its step "
                 "or weight, or use model.precision 32."
             )
+        matrix = (batch.geometry or {}).get("matrix")
+        estimate = estimate if batch.maps is None else seen(estimate, batch.maps)
+        if matrix is not None:
+            estimate = crop_estimate(estimate, matrix)
+            reference = None if reference is None else crop(reference, matrix)
         columns: dict[str, list[Any]] = {}
         if reference is not None:
-            columns = {
-                "psnr": psnr(estimate.mean, reference).tolist(),
-                "ssim": ssim(estimate.mean, reference).tolist(),
-                "psnr_body": masked_psnr(estimate.mean, reference, body_mask(reference)).tolist(),
-            }
+            pair = (estimate.mean, reference)
+            shown, truth = relative_magnitudes(*pair) if reference.shape[1] == 2 else pair
+            columns = {"psnr": psnr(shown, truth).tolist(), "ssim": ssim(shown, truth).tolist()}
+            if self._intensity().units == "HU":  # a photograph has no patient in it
+                columns["psnr_body"] = masked_psnr(estimate.mean, reference, body_mask(reference)).tolist()
+        if isinstance(operator, MRI) and batch.mask is not None:
+            columns["acceleration"] = [round(value, 4) for value in achieved_acceleration(batch.mask).tolist()]
+            columns["scale"] = list(batch.scale)
         for name in ("relative_residual", "num_evaluations", "num_operator_calls"):
             value = estimate.stats.get(name)
             if value is not None:
@@ -232,11 +253,15 @@ class Reconstruction(lightning.LightningModule):
             }
             rows.append(row)
         baseline = None if y is None else operator.baseline(y)
+        baseline = baseline if matrix is None or baseline is None else crop(baseline, matrix)
         return Result(batch, estimate, reference, baseline, rows, traces)
 
     def _measurement(self, batch: CaseBatch, operator: LinearOperator) -> str:
         """Says in words what was measured, and how."""
         what = f"{type(operator).__name__}, {' x '.join(map(str, operator.measurement_shape[1:]))}"
+        if isinstance(operator, MRI):
+            coils = f"{operator.num_coils} coil{'s' * (operator.num_coils > 1)}"
+            what = f"{type(operator).__name__}, {coils}, {' x '.join(map(str, operator.measurement_shape[1:-1]))}"
         if batch.measurement is not None:
             return f"{what}, measured"
         if batch.reference is None:
@@ -269,13 +294,47 @@ class Reconstruction(lightning.LightningModule):
         prior = "none"
         if self.card is not None:
             sizes = f" of {self.card.patch_sizes[0]} pixels" if self.card.patch_sizes else ""
-            prior = f"{self.card.kind}{sizes}, trained on {', '.join(self.card.data)} ({self.card.licence})"
+            layout = "" if self.layout is None else f" laid out by {type(self.layout).__name__}"
+            prior = f"{self.card.kind}{sizes}{layout}, trained on {', '.join(self.card.data)} ({self.card.licence})"
         return {
             "method": type(self.method).__name__,
             "prior": prior,
             "precision of the prior": self.precision,
             "seed": str(self.seed),
         }
+
+
+def lay_out(prior: Prior, layout: Layout) -> PatchPrior:
+    """Returns a patch prior of the same network with another layout.
+
+    Raises:
+        InputError: If it is no patch prior, or the network's stride does not divide the layout's patch size.
+    """
+    if not isinstance(prior, PatchPrior):
+        raise InputError(
+            f"model.layout is {type(layout).__name__}, but model.prior is a whole-image prior, which has no patches: "
+            "leave the layout out, or give a patch prior such as patch_ct."
+        )
+    return PatchPrior(prior.denoiser, prior.patch_size, prior.max_patches, layout).eval()
+
+
+def seen(estimate: Estimate, maps: Tensor) -> Estimate:
+    """Returns an estimate with zeros where no coil sees anything: no data speak of it, and the reference is zero.
+
+    Args:
+        estimate: Of images `(B, 2, H, W)`.
+        maps: `(B, coils, H, W, 2)`.
+    """
+    support = (maps.square().sum((1, -1)) > 0).to(estimate.mean)[:, None]
+    samples = None if estimate.samples is None else support[:, None] * estimate.samples
+    std = None if estimate.std is None else support * estimate.std
+    return replace(estimate, mean=support * estimate.mean, samples=samples, std=std)
+
+
+def crop_estimate(estimate: Estimate, matrix: tuple[int, int]) -> Estimate:
+    """Returns an estimate with its images cropped."""
+    samples, std = (None if x is None else crop(x, matrix) for x in (estimate.samples, estimate.std))
+    return replace(estimate, mean=crop(estimate.mean, matrix), samples=samples, std=std)
 
 
 def trace_columns(trace: Trace) -> dict[str, Any]:

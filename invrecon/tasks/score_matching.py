@@ -17,7 +17,7 @@ from torch import Tensor
 
 from invrecon.data.training import PatchBatch, PriorTraining
 from invrecon.errors import InputError
-from invrecon.priors.base import Prior, broadcast
+from invrecon.priors.base import Prior
 from invrecon.priors.edm import EDMDenoiser, NoiseProposal
 from invrecon.priors.patch import PatchPrior, WholePrior
 from invrecon.priors.unet import UNet
@@ -115,18 +115,15 @@ class ScoreMatching(lightning.LightningModule):
             for denoiser in (self.denoiser, self.ema):
                 denoiser.sigma_data.fill_(measured)
 
-    def noisy(self, batch: PatchBatch) -> tuple[Tensor, Tensor]:
-        """Returns noise levels `(n,)` and noisy patches `x + sigma n`, drawn from (seed, batch key) alone."""
+    def losses(self, denoiser: EDMDenoiser, batch: PatchBatch) -> tuple[Tensor, Tensor]:
+        """Returns noise levels `(n,)` and the weighted squared error of each patch `(n,)`.
+
+        Levels and noise are drawn from (seed, batch key) alone.
+        """
         generator = make_generator(self.seed, "noise", batch.key)
         sigma = self.proposal.sample(len(batch.x), generator).to(batch.x)
         noise = torch.randn(batch.x.shape, generator=generator).to(batch.x)
-        return sigma, batch.x + broadcast(sigma, noise) * noise
-
-    def losses(self, denoiser: EDMDenoiser, batch: PatchBatch) -> tuple[Tensor, Tensor]:
-        """Returns noise levels `(n,)` and the weighted squared error of each patch `(n,)`."""
-        sigma, noisy = self.noisy(batch)
-        error = (denoiser(noisy, sigma, batch.position) - batch.x).square().mean(dim=(1, 2, 3))
-        return sigma, denoiser.loss_weight(sigma) * error
+        return sigma, denoiser.denoising_losses(batch.x, sigma, noise, batch.position)
 
     def training_step(self, batch: PatchBatch, batch_index: int) -> Tensor:
         """Returns the mean weighted loss; refuses to go on from a loss that is not finite."""

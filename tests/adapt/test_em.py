@@ -62,7 +62,7 @@ def test_a_rate_of_zero_gives_the_unadapted_result_bit_for_bit(kind: str) -> Non
 
 @pytest.mark.parametrize("kind", ["patch", "whole"])
 def test_a_prior_that_knows_nothing_learns_from_one_measurement(kind: str) -> None:
-    # 24 phantoms' worth of steps: an untrained denoiser, told nothing but the sinogram, gains decibels on its image.
+    # An untrained denoiser, told nothing but the sinogram, comes to know what the image looks like.
     x, y, operator = make_cases()
     prior = make_prior(kind)
     em = make_em(rounds=4, steps=25, num_pixels=1024)

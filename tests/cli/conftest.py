@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.cli.tiny import SIZE, make_prior, make_volume, slices_of_a_chest
+from tests.cli.tiny import SIZE, make_photos, make_prior, make_rgb_prior, make_volume, slices_of_a_chest
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +20,7 @@ def chest() -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory, chest: np.ndarray) -> Path:
-    """A folder that every test may read: volumes of three patients, longer and finer ones, and two priors."""
+    """A folder that every test may read: volumes of three patients, longer and finer ones, photos, and three priors."""
     folder = tmp_path_factory.mktemp("library")
     coarse = slices_of_a_chest(SIZE)
     for name, chosen in {"a": slice(0, 4), "b": slice(4, 7), "c": slice(7, 10)}.items():
@@ -30,6 +30,8 @@ def library(tmp_path_factory: pytest.TempPathFactory, chest: np.ndarray) -> Path
     make_volume(folder / "fine.h5", chest[:2], voxel_mm=(5.0, 5.0, 5.0))
     make_prior(folder / "patch.safetensors", "patch")
     make_prior(folder / "whole.safetensors", "whole")
+    make_photos(folder / "photos")
+    make_rgb_prior(folder / "rgb.safetensors")
     return folder
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
+import invrecon.methods
 from invrecon.errors import InputError
 from tests.cli.tiny import FAST, QUIET, ROOT, SIZE, files_in, learn, read, reconstruct
 
-# What makes each config tiny; a new config needs an entry here, or the first test fails.
-TRAINING = ("patch_ct", "whole_ct", "patch_ellipses", "whole_ellipses")
+# What makes each config tiny. A reconstruction of CT that is not named here is made tiny by what it has (`shrink`).
+TRAINING = ("patch_ct", "whole_ct", "patch_ellipses", "whole_ellipses", "patch_rgb", "drunet_ct")
 LEVELS = ("--model.method.schedule.num_levels=3", "--model.adaptation.steps=1")
 ADAPTATION = {
     "tta_ct": (
@@ -28,27 +32,74 @@ ADAPTATION = {
     "patch_ss_ct": ("--model.prior={}/patch.safetensors", *LEVELS),
     "whole_ss_ct": ("--model.prior={}/whole.safetensors", *LEVELS),
 }
+FAST_PATCH = ("--model.prior={}/patch.safetensors", "--model.method.num_levels=2")
 RECONSTRUCTION = {
     **ADAPTATION,
-    "recon_ct": ("--model.prior={}/patch.safetensors", "--model.method.num_levels=2"),
+    "recon_ct": FAST_PATCH,
+    "recon_ct512": (*FAST_PATCH, "--model.layout.patch_size=8"),
+    "limited_angle_ct": FAST_PATCH,
+    "deblur_uniform_ct": FAST_PATCH,
+    "deblur_heavy_ct": FAST_PATCH,
+    "deblur_gaussian_ct": FAST_PATCH,
+    "superres_block_ct": FAST_PATCH,
+    "superres_bicubic_ct": FAST_PATCH,
+    "inpaint_random_ct": FAST_PATCH,
+    "inpaint_box_ct": (*FAST_PATCH, "--model.operator.box=8"),
+    "recon_rgb": ("--model.prior={}/rgb.safetensors", "--model.method.num_levels=2"),
     "padis_ct": ("--model.prior={}/patch.safetensors", "--model.method.num_levels=2", "--model.method.num_inner=2"),
     "tv_ct": ("--model.method.num_iterations=25",),
     "fbp_ct": (),
+    "dip_ct": ("--model.method.num_iterations=3", "--data.slices=null"),
+    "udig_dip_ct": (
+        "--model.prior={}/whole.safetensors",
+        "--model.method.num_iterations=3",
+        "--model.method.num_inner=1",
+        "--data.slices=null",
+    ),
+    "sirt_ct": ("--model.method.num_iterations=3",),
+    "wavelet_ct": ("--model.method.num_iterations=3",),
+    "pnp_ct": ("--model.prior={}/whole.safetensors", "--model.method.num_iterations=2"),
+    "red_ct": ("--model.prior={}/patch.safetensors", "--model.method.num_iterations=2"),
 }
 GENERATION = ("generate_ct",)
+MRI = (
+    "recon_mri",
+    "patch_mri",
+    "whole_mri",
+    "zero_filled_mri",
+    "tv_mri",
+    "wavelet_mri",
+    "udig_dip_mri",
+)  # see test_mri.py
+
+
+def shrink(arguments: dict[str, Any]) -> tuple[str, ...]:
+    """Returns options that make a reconstruction tiny: another prior where it has one, levels or iterations."""
+    method, prior = arguments["method"], str(arguments.get("prior", ""))
+    kind = getattr(invrecon.methods, method if isinstance(method, str) else method["class_path"])
+    counts = [name for name in ("num_levels", "num_iterations") if name in inspect.signature(kind).parameters]
+    file = f"{'whole' if prior.startswith('whole') else 'patch'}.safetensors"
+    priors = (f"--model.prior={{}}/{file}",) if prior else ()
+    return (*priors, *(f"--model.method.{name}=2" for name in counts[:1]))
+
+
+SHIPPED = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
+for name in sorted(SHIPPED - {*TRAINING, *RECONSTRUCTION, *GENERATION, *MRI}):
+    model = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text())["model"]
+    if name.endswith("_ct") and model["class_path"] == "Reconstruction":
+        RECONSTRUCTION[name] = shrink(model["init_args"])
 
 
 def test_every_shipped_config_is_tested() -> None:
-    shipped = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
-    assert shipped == {*TRAINING, *RECONSTRUCTION, *GENERATION}
+    assert {*TRAINING, *RECONSTRUCTION, *GENERATION, *MRI} == SHIPPED
 
 
 @pytest.mark.parametrize("config", TRAINING)
 def test_a_prior_is_trained_validated_and_used(
     config: str, invrecon: Callable[..., Any], library: Path, here: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
-    command = learn(f"{config}.yaml", library / "scans", run)
+    run, rgb = tmp_path / "run", config.endswith("rgb")
+    command = learn(f"{config}.yaml", library / ("photos" if rgb else "scans"), run)
     invrecon(command)
     assert {"checkpoints/last.ckpt", "prior.safetensors", "prior.md"} <= files_in(run)
     prior = load_file(run / "prior.safetensors")
@@ -64,8 +115,10 @@ def test_a_prior_is_trained_validated_and_used(
     assert float(cli.trainer.callback_metrics["validation/loss"]) > 0
 
     args = (f"--model.prior={run / 'prior.safetensors'}", *FAST)
-    invrecon(reconstruct("predict", "recon_ct.yaml", library / "scans" / "a.h5", tmp_path / "out", *args))
-    assert read(tmp_path / "out" / "a.h5").shape == (4, SIZE, SIZE)
+    user, data = ("recon_rgb.yaml", "photos") if rgb else ("recon_ct.yaml", "scans/a.h5")
+    invrecon(reconstruct("predict", user, library / data, tmp_path / "out", *args))
+    result = read(tmp_path / "out" / f"{Path(data).stem}.h5")
+    assert result.shape == ((4, 3, SIZE, SIZE) if rgb else (4, SIZE, SIZE))
     assert not files_in(here)
 
 
@@ -109,14 +162,56 @@ def test_reconstruction_configs(
     config: str, command: str, invrecon: Callable[..., Any], library: Path, here: Path, tmp_path: Path
 ) -> None:
     more = [option.format(library) for option in RECONSTRUCTION[config]]
-    args = reconstruct(command, f"{config}.yaml", library / "scans", tmp_path / "out", "--model.num_figures=0", *more)
+    data = "photos" if config.endswith("rgb") else "scans"
+    args = reconstruct(command, f"{config}.yaml", library / data, tmp_path / "out", "--model.num_figures=0", *more)
     invrecon(args)
     expected = {"config.yaml", "metrics.csv", "summary.json"}
     if config in ADAPTATION:
         expected.add("adaptation.json")
-    volumes = {"a.h5", "b.h5", "c.h5", "report.html"} if command == "predict" else set()
-    assert files_in(tmp_path / "out") == expected | volumes
+    volumes = {"photos.h5"} if data == "photos" else {"a.h5", "b.h5", "c.h5"}
+    assert files_in(tmp_path / "out") == expected | ({*volumes, "report.html"} if command == "predict" else set())
     assert not files_in(here)
+
+
+@pytest.mark.parametrize(
+    ("operator", "shape"),
+    [
+        ("BicubicDownsample", (3, SIZE // 4, SIZE // 4)),
+        ("BlockDownsample", (3, SIZE // 4, SIZE // 4)),
+        ("UniformBlur", (3, SIZE, SIZE)),
+        ("RandomInpainting", (3, SIZE, SIZE)),
+        ("BoxInpainting", (3, SIZE, SIZE)),
+    ],
+)
+def test_the_operator_of_colour_images_is_swapped_by_name(
+    operator: str, shape: tuple[int, ...], invrecon: Callable[..., Any], library: Path, tmp_path: Path
+) -> None:
+    args = [f"--model.operator={operator}", f"--model.prior={library}/rgb.safetensors", *FAST]
+    args += ["--model.operator.box=8"] if operator == "BoxInpainting" else []
+    cli = invrecon(reconstruct("test", "recon_rgb.yaml", library / "photos", tmp_path / "out", *args))
+    assert type(cli.model.operator).__name__ == operator
+    assert cli.model.operator.measurement_shape == shape
+
+
+def test_a_colour_image_is_reported_without_hounsfield_units(
+    invrecon: Callable[..., Any], library: Path, tmp_path: Path
+) -> None:
+    args = [f"--model.prior={library}/rgb.safetensors", "--model.method.num_levels=2", "--model.num_figures=1"]
+    args += ["--model.method.num_samples=2", "--model.save_samples=true"]
+    invrecon(reconstruct("predict", "recon_rgb.yaml", library / "photos", tmp_path / "out", *args))
+    assert read(tmp_path / "out" / "photos.h5", "samples").shape == (4, 2, 3, SIZE, SIZE)
+    mean = read(tmp_path / "out" / "photos.h5")
+    assert mean.min() >= 0 and 100 < mean.max() <= 255
+    page = (tmp_path / "out" / "report.html").read_text()
+    text = re.sub(r"base64,[^\"]*", "", page)
+    assert "8 bit" in text and not re.search(r"\bHU\b|PSNR, body", text)
+    assert (tmp_path / "out" / "figures" / "photos_0002.png").is_file()
+
+
+def test_a_prior_of_ct_is_not_for_photos(invrecon: Callable[..., Any], library: Path, tmp_path: Path) -> None:
+    args = [f"--model.prior={library}/patch.safetensors", *FAST]
+    with pytest.raises(InputError, match="intensity scale"):
+        invrecon(reconstruct("test", "recon_rgb.yaml", library / "photos", tmp_path / "out", *args))
 
 
 def test_unconditional_samples(invrecon: Callable[..., Any], library: Path, tmp_path: Path) -> None:

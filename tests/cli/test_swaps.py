@@ -64,16 +64,28 @@ def knobs(name: str) -> list[str]:
     return [f"--model.method.{knob}=1" for knob in ("num_inner", "num_ode", "num_steps", "num_prior") if knob in names]
 
 
-FIELD = [
-    name
-    for name, method in vars(invrecon.methods).items()
-    if inspect.isclass(method)
-    and issubclass(method, invrecon.methods.Method)
-    and "num_levels" in inspect.signature(method).parameters
-]
+def methods_with(knob: str) -> list[str]:
+    """Names of the methods that are made short by a knob."""
+    kinds = {name: value for name, value in vars(invrecon.methods).items() if inspect.isclass(value)}
+    return [
+        name
+        for name, kind in kinds.items()
+        if issubclass(kind, invrecon.methods.Method)
+        and not inspect.isabstract(kind)
+        and knob in inspect.signature(kind).parameters
+    ]
 
 
-@pytest.mark.parametrize("name", FIELD)
+@pytest.mark.parametrize("name", methods_with("num_iterations"))
+def test_every_iteration_runs_by_its_name(run: Callable[..., Any], name: str, tmp_path: Path) -> None:
+    cli = run(f"--model.method={name}", "--model.method.num_iterations=2", *knobs(name))
+    assert type(cli.model.method).__name__ == name
+    with open(tmp_path / "out" / "metrics.csv") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["psnr"]) > 0 and float(row["num_operator_calls"]) > 0
+
+
+@pytest.mark.parametrize("name", methods_with("num_levels"))
 def test_every_method_runs_by_its_name(run: Callable[..., Any], name: str, tmp_path: Path) -> None:
     options = (f"--model.method={name}", "--model.method.num_levels=2", *knobs(name))
     if getattr(invrecon.methods, name).needs_spectrum:

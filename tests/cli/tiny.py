@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import torch
 
-from invrecon.data.intensity import Intensity
+from invrecon.data.intensity import RGB, Intensity
 from invrecon.methods import ProximalDiffusion
 from invrecon.priors.weights import PriorCard, build_prior, save_prior
 
@@ -74,6 +74,22 @@ def make_volume(path: Path, values: np.ndarray, dataset: str = "data", **attrs: 
     return path
 
 
+def make_photos(folder: Path, num: int = 4) -> Path:
+    """Writes smooth colour images, a little larger than `SIZE`."""
+    from PIL import Image
+
+    folder.mkdir(parents=True)
+    for i in range(num):
+        coarse = np.random.default_rng(i).integers(0, 256, (5, 6, 3)).astype(np.uint8)
+        Image.fromarray(coarse).resize((SIZE + 8, SIZE), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+    return folder
+
+
+def make_rgb_prior(path: Path) -> Path:
+    """Writes a patch prior of colour images with random weights."""
+    return make_prior(path, "patch", {**NETWORK, "image_channels": 3}, intensity=asdict(RGB))
+
+
 def make_prior(path: Path, kind: str = "patch", network: dict[str, Any] = NETWORK, **changes: Any) -> Path:
     """Writes a prior with random weights, whose card may say otherwise (`changes`)."""
     settings: dict[str, Any] = {
@@ -97,7 +113,10 @@ def make_prior(path: Path, kind: str = "patch", network: dict[str, Any] = NETWOR
 def reconstruct(command: str, config: str, data: object, output: object, *more: object) -> list[str]:
     """The arguments of a tiny `test` or `predict`."""
     args = [command, "--config", config, "--data.paths", data, "--output", output, f"--data.size={SIZE}"]
-    return [str(arg) for arg in (*args, *OPERATOR, *QUIET, *more)]
+    shipped = ROOT / "configs" / f"{config.removesuffix('.yaml')}.yaml"
+    views = not shipped.is_file() or "num_views" in shipped.read_text()
+    operator = OPERATOR if views else OPERATOR[:1]
+    return [str(arg) for arg in (*args, *operator, *QUIET, *more)]
 
 
 def learn(config: str, data: object, output: object, *more: object) -> list[str]:

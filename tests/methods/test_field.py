@@ -1,7 +1,7 @@
 """The methods of the field against posteriors in closed form, and what every method with a prior promises.
 
-A method enters by being exported from `invrecon.methods`: any class that needs a prior and can be made without
-arguments. What it then owes is a line in `BANDS`, without which it fails.
+A method enters by being a file of `invrecon/methods`: any class that needs a prior and can be made without arguments.
+It is held to `ORDINARY`, unless a line in `BANDS` says what is known of it.
 """
 
 import inspect
@@ -11,8 +11,10 @@ import pytest
 import torch
 
 import invrecon.methods
+from invrecon.discovery import needs_arguments
 from invrecon.errors import InputError
 from invrecon.methods import Method, NoiseStart, UnconditionalSampler
+from invrecon.methods.dip import NetworkFit
 from invrecon.operators.spectral import Spectrum
 from invrecon.priors.analytic import GaussianMixturePrior, GaussianPrior
 from invrecon.rng import make_generators
@@ -59,8 +61,8 @@ def spectral(operator):
 class Band:
     """What is expected of a method on the Gaussian toy.
 
-    The numbers of a method with a published reference in the dossier of samplers (12 unknowns, 6 data, the same
-    spectra) lie round those; the others round what was measured, with the reason beside them.
+    Where a reference is given, it is that of another implementation on a problem of the same kind (12 unknowns, 6 data,
+    the same spectra); the other numbers lie round what was measured, with the reason beside them.
 
     Attributes:
         error: Largest relative error of the mean.
@@ -121,21 +123,29 @@ BANDS = {
     "PaDISPaper": Band(0.2, (0.0, 0.5), (0.85, 1.4), 0.4, dict(num_levels=50, num_inner=5), scale_free=False),
     "PaDISRepo": Band(0.2, (0.0, 0.25), (0.85, 1.5), 0.2, dict(num_levels=50, num_inner=5), scale_free=False),
     "PaDISNormalised": Band(0.15, (0.0, 0.05), (0.85, 1.4), knobs=dict(num_levels=50, num_inner=5)),
+    # A fixed point, and so no spread: the posterior's mean at any level, and a high one is fast here.
+    "PnPADMM": Band(0.01, (0.0, 0.01), (0.0, 0.01), knobs=dict(sigma=1.0)),
+    # The same of a prior that is blurred by sigma.
+    "RED": Band(0.05, (0.0, 0.01), (0.0, 0.01), knobs=dict(sigma=0.3)),
 }
+# What any method owes, with its defaults. The prior's mean alone has an error of .49, the pseudo-inverse alone of .54:
+# a method that uses both halves that. Estimates may have no spread, samples not twice the posterior's variance. (Of the
+# methods above two are worse, and they say why.) Data without noise are met to a tenth.
+ORDINARY = Band(0.24, (0.0, 2.0), (0.0, 2.0), exact=0.1)
 
 
 def is_entrant(value):
-    if not (inspect.isclass(value) and issubclass(value, Method) and value.needs_prior):
+    if not inspect.isclass(value) or inspect.isabstract(value):
         return False
-    parameters = list(inspect.signature(value).parameters.values())
-    return all(p.default is not p.empty for p in parameters)
+    return issubclass(value, Method) and value.needs_prior and not needs_arguments(value)
 
 
-# UnconditionalSampler is left out: it does not look at the data.
+# Of these one does not look at the data, and others fit networks, to which twelve pixels are no image (test_dip.py).
+NOT_OF_THE_TOY = (UnconditionalSampler, NetworkFit)
 ENTRANTS = {
-    name: getattr(invrecon.methods, name)
+    name: value
     for name in invrecon.methods.__all__
-    if is_entrant(getattr(invrecon.methods, name)) and getattr(invrecon.methods, name) is not UnconditionalSampler
+    if is_entrant(value := getattr(invrecon.methods, name)) and not issubclass(value, NOT_OF_THE_TOY)
 }
 SMALL = dict(num_levels=3, num_inner=2, num_ode=2, num_steps=3, num_prior=2, num_iterations=3)
 """Knobs that make a run of any method tiny, where it has them."""
@@ -163,14 +173,25 @@ def entrant(request):
     return ENTRANTS[request.param]
 
 
-def test_every_method_has_its_bands():
-    missing = sorted(set(ENTRANTS) - set(BANDS))
-    assert not missing, f"measure {', '.join(missing)} on the toy (below) and enter what is to be expected in BANDS"
+def band_of(name):
+    return BANDS.get(name, ORDINARY)
 
 
-@pytest.mark.parametrize("name", [name for name in ENTRANTS if name in BANDS])
+def test_bands_are_of_methods_that_there_are():
+    assert not set(BANDS) - set(ENTRANTS)
+
+
+def test_neither_prior_nor_data_alone_are_enough():
+    toy = make_toy()
+    mean = toy.prior.mean.expand(2, *SHAPE)
+    inverse = toy.operator.pinv(toy.y).expand(2, *SHAPE)
+    for estimate in (mean, inverse):
+        assert toy.ratios(estimate)[0] > 2 * ORDINARY.error
+
+
+@pytest.mark.parametrize("name", ENTRANTS)
 def test_against_the_closed_form(name):
-    band, toy = BANDS[name], make_toy()
+    band, toy = band_of(name), make_toy()
     samples = draw(ENTRANTS[name], toy.y, spectral(toy.operator), toy.prior, **band.knobs)
     error, measured, null = toy.ratios(samples)
     print(f"{name}: mean error {error:.3f}, variance ratio {measured:.3f} measured, {null:.3f} null space")
@@ -179,9 +200,9 @@ def test_against_the_closed_form(name):
     assert band.null[0] <= null <= band.null[1]
 
 
-@pytest.mark.parametrize("name", [name for name in ENTRANTS if name in BANDS])
+@pytest.mark.parametrize("name", ENTRANTS)
 def test_exact_data_are_met(name):
-    band, toy = BANDS[name], make_toy(noise_std=0)
+    band, toy = band_of(name), make_toy(noise_std=0)
     operator = spectral(toy.operator)
     knobs = {"num_samples": 20, **band.knobs}
     estimate = make(ENTRANTS[name], **knobs)(toy.y, operator, toy.prior, generators=generators(1))
@@ -216,8 +237,7 @@ def test_modes_are_visited_by_their_weight(name):
             for weight, mean, spread in zip(weights, means, covariance)
         ]
     ).softmax(dim=0)
-    knobs = BANDS[name].knobs if name in BANDS else {}
-    pixel = draw(ENTRANTS[name], y, operator, prior, **knobs)[:, 0, 0, 0]
+    pixel = draw(ENTRANTS[name], y, operator, prior, **band_of(name).knobs)[:, 0, 0, 0]
     share = float((pixel > 0).double().mean())
     print(f"{name}: share of the lighter mode {share:.3f}, expected {float(evidence[0]):.3f}")
     assert float(evidence[0]) == pytest.approx(0.5, abs=0.01)
@@ -268,7 +288,7 @@ def test_evaluations_are_as_declared(entrant):
 
 @pytest.mark.parametrize("noise_std", [0.0, 0.1])
 def test_the_scale_of_the_operator_does_not_matter(entrant, noise_std):
-    if entrant.__name__ in BANDS and not BANDS[entrant.__name__].scale_free:
+    if not band_of(entrant.__name__).scale_free:
         pytest.skip("published in the units of one operator")
     outcomes = []
     for scale in (1.0, 37.0):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from invrecon.errors import InputError
 from invrecon.priors.edm import EDMDenoiser, NoiseProposal
+from invrecon.priors.unet import UNet
 
 levels = st.floats(1e-3, 50.0)
 scales = st.floats(0.05, 2.0)
@@ -84,6 +85,14 @@ def test_positions_are_not_scaled_and_levels_are_per_sample() -> None:
     torch.testing.assert_close(denoiser.network.x[:, 1:], position, rtol=0, atol=0)
     alone = [denoiser(u[i : i + 1], float(sigma[i]), position[i : i + 1]) for i in range(3)]
     torch.testing.assert_close(together, torch.cat(alone))
+
+
+def test_a_network_without_positions_sees_the_image_alone() -> None:
+    network = UNet(position_channels=0, base_channels=8, multipliers=(1, 2))
+    denoiser, u = EDMDenoiser(network, 0.5), torch.rand(2, 1, 8, 8)
+    nn.init.normal_(network.head.weight)
+    here, there = (denoiser(u, 0.3, torch.full((2, 2, 8, 8), place)) for place in (-1.0, 1.0))
+    assert torch.equal(here, there) and here.shape == u.shape
 
 
 def test_reduced_precision_is_the_networks_alone() -> None:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from invrecon.errors import InputError
 from invrecon.priors.base import broadcast, per_sample
 from invrecon.priors.edm import EDMDenoiser
-from invrecon.priors.patch import PatchPrior, Tiling, WholePrior, coordinates, pad_with_noise, position_map
+from invrecon.priors.layouts import RandomShift, shift_law
+from invrecon.priors.patch import PatchPrior, WholePrior, coordinates, pad_with_noise, position_map
 from invrecon.priors.unet import UNet
-from invrecon.rng import make_generators
+from invrecon.rng import make_generators, randint
 from tests.priors.test_unet import awake
 
 sides = st.integers(1, 40)
@@ -50,49 +51,65 @@ def generators(num: int, seed: int = 0) -> list[torch.Generator]:
     return make_generators(seed, [f"case {i}" for i in range(num)])
 
 
-# layout
+# the law of the shifted grid
 
 
-@given(height=sides, width=sides, p=patch_sizes)
-def test_layout_law(height: int, width: int, p: int) -> None:
-    tiling = Tiling((height, width), p)
-    for n, k, m in zip((height, width), tiling.num_patches, tiling.pad):
-        assert k == 1 + n // p and m == k * p - n
-        assert 1 <= m <= p  # at least one offset, and the first and last patch always meet the image or its edge
+def shifted_grid(prior: PatchPrior, x: Tensor, sigma: Tensor, generators: list[torch.Generator]) -> Tensor:
+    """PaDIS, algorithm 1, by the book: pad, draw an offset, reshape into patches, denoise, reshape back, crop."""
+    P, (B, C, H, W) = prior.patch_size, x.shape
+    (K, M), (L, N) = shift_law(H, P), shift_law(W, P)
+    frame = pad_with_noise(x, (N, N, M, M), sigma, generators)
+    rows, columns = randint(M, generators).tolist(), randint(N, generators).tolist()
+    patches, positions = [], []
+    for u, a, b in zip(frame, rows, columns):
+        region = u[:, a : a + K * P, b : b + L * P].reshape(C, K, P, L, P)
+        patches.append(region.permute(1, 3, 0, 2, 4).reshape(K * L, C, P, P))
+        axes = [coordinates(n, s - m, k * P).reshape(k, P) for n, s, m, k in ((H, a, M, K), (W, b, N, L))]
+        positions.append(position_map(axes[0].repeat_interleave(L, 0), axes[1].repeat(K, 1)))
+    args = torch.cat(patches), sigma.repeat_interleave(K * L), torch.cat(positions)
+    chunks = zip(*(arg.split(prior.max_patches) for arg in args))
+    denoised = torch.cat([prior.denoiser(*chunk) for chunk in chunks])
+    images = []
+    for u, a, b in zip(denoised.reshape(B, K, L, C, P, P), rows, columns):
+        region = u.permute(2, 0, 3, 1, 4).reshape(C, K * P, L * P)
+        images.append(region[:, M - a : M - a + H, N - b : N - b + W])
+    return torch.stack(images)
+
+
+@given(num=sides, p=patch_sizes)
+def test_layout_law(num: int, p: int) -> None:
+    k, m = shift_law(num, p)
+    assert k == 1 + num // p and m == k * p - num
+    assert 1 <= m <= p  # at least one offset, and the first and last patch always meet the image or its edge
 
 
 @pytest.mark.parametrize(
     ("n", "p", "k", "m"), [(256, 56, 5, 24), (256, 64, 5, 64), (256, 96, 3, 32), (256, 16, 17, 16), (512, 56, 10, 48)]
 )
 def test_layouts_of_the_paper(n: int, p: int, k: int, m: int) -> None:
-    tiling = Tiling((n, n), p)
-    assert tiling.num_patches == (k, k) and tiling.pad == (m, m)
+    assert shift_law(n, p) == (k, m)
 
 
-@given(height=st.integers(1, 14), width=st.integers(1, 14), p=st.integers(1, 9))
-def test_every_pixel_comes_from_exactly_one_patch_at_every_offset(height: int, width: int, p: int) -> None:
-    """Pixels carry their own index through split and assemble: each arrives once, where it belongs."""
-    tiling = Tiling((height, width), p)
-    m, n = tiling.pad
-    image = 1.0 + torch.arange(height * width).reshape(1, height, width)
-    frame = nn.functional.pad(image, (n, n, m, m))
-    for a in range(m):
-        for b in range(n):
-            patches = tiling.split(frame, (a, b))
-            assert patches.shape == (tiling.num_patches[0] * tiling.num_patches[1], 1, p, p)
-            assert torch.equal(patches[patches > 0].sort().values, image.flatten())
-            assert torch.equal(tiling.assemble(patches, (a, b)), image)
-
-
-@given(height=sides, width=sides, p=patch_sizes, data=st.data())
-def test_positions_are_pixel_coordinates_whatever_the_padding(
-    height: int, width: int, p: int, data: st.DataObject
+@pytest.mark.parametrize(("size", "p", "max_patches"), [((20, 13), 8, 7), ((9, 40), 16, 100), ((16, 16), 8, 3)])
+def test_shifted_patches_are_those_of_the_paper_to_the_last_bit(
+    size: tuple[int, int], p: int, max_patches: int
 ) -> None:
-    tiling = Tiling((height, width), p)
-    offset = tuple(data.draw(st.integers(0, m - 1)) for m in tiling.pad)
-    assembled = tiling.assemble(tiling.positions(offset), offset)
-    whole = position_map(coordinates(height)[None], coordinates(width)[None])[0]
-    torch.testing.assert_close(assembled, whole, rtol=0, atol=1e-6)
+    prior = PatchPrior(network(), p, max_patches)
+    x, sigma = torch.randn(3, 1, *size), torch.tensor([0.05, 0.3, 2.0])
+    expected = shifted_grid(prior, x, sigma, generators(3))
+    assert torch.equal(prior(x, sigma, generators=generators(3)), expected)
+    x0, product = prior.denoise_vjp(x, sigma, torch.cos, generators=generators(3))
+    leaf = x.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(shifted_grid(prior, leaf, sigma, generators(3)), leaf, torch.cos(expected))
+    assert torch.equal(x0, expected)
+    torch.testing.assert_close(product, gradient, rtol=1e-5, atol=1e-6)
+
+
+@given(num=sides, p=patch_sizes)
+def test_offsets_cover_the_image_without_overlap(num: int, p: int) -> None:
+    k, m = shift_law(num, p)
+    for first in RandomShift().starts(num, p, generators(5))[:, 0].tolist():
+        assert -m <= first < 0 and first + k * p >= num
 
 
 def test_coordinates_are_zero_at_the_centre_and_one_at_the_edges() -> None:
@@ -105,10 +122,10 @@ def test_coordinates_are_zero_at_the_centre_and_one_at_the_edges() -> None:
 
 
 def test_offsets_are_uniform() -> None:
-    prior, sigma = PatchPrior(Pointwise(), 4), torch.ones(1600)
-    _, offsets, _, _ = prior._layout(torch.zeros(1600, 1, 5, 4), sigma, generators(1600))
+    places = RandomShift().place((5, 4), 4, generators(1600))
+    first = torch.arange(0, len(places), 4)
     counts = torch.zeros(3, 4)
-    for a, b in offsets:
+    for a, b in zip((places.top[first] + 3).tolist(), (places.left[first] + 4).tolist()):
         counts[a, b] += 1
     expected = 1600 / counts.numel()
     assert float(((counts - expected) ** 2 / expected).sum()) < 31.3  # chi-squared of 11 degrees: p = 0.001
@@ -188,7 +205,8 @@ def test_memory_is_that_of_one_chunk_whatever_the_image(size: int) -> None:
     prior(x, 0.2)
     prior.denoise_vjp(x, 0.2, lambda x0: x0)
     assert max(denoiser.batches) <= 6
-    assert sum(denoiser.batches) == 3 * 2 * (1 + size // 4) ** 2  # one pass, and two for the product
+    # One pass, and two for the product, of which the first chunk is spared the second.
+    assert sum(denoiser.batches) == 3 * 2 * (1 + size // 4) ** 2 - 6
 
 
 # vector-Jacobian product

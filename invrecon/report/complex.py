@@ -1,0 +1,82 @@
+"""Complex images in results: magnitude and phase, the coils' maps, and the metrics of whole volumes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from invrecon.data.intensity import Intensity
+from invrecon.data.kspace import MAGNITUDE, crop
+from invrecon.metrics.mri import magnitude, phase, volume_metrics
+from invrecon.report.sheet import Window
+
+if TYPE_CHECKING:
+    from invrecon.data.cases import CaseBatch
+    from invrecon.report.store import Part, PredictionStore
+
+PHASES = {"mean": "phase", "samples": "samples_phase"}
+
+
+def is_complex(x: Tensor) -> bool:
+    """Whether images `(B, C, H, W)` are real and imaginary parts."""
+    return x.shape[1] == 2
+
+
+def case_intensity(intensity: Intensity, scale: float) -> Intensity:
+    """Returns the scale of one case: what its file holds is `scale` times what the data module says."""
+    return Intensity(intensity.offset, intensity.scale * scale, intensity.units)
+
+
+def as_magnitudes(arrays: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """Returns complex images `(..., 2, H, W)` as magnitudes; with their phases [rad], where those are kept.
+
+    The standard deviation of a complex image is the root of the sum of both parts' variances.
+    """
+    found: dict[str, Tensor | None] = {}
+    for name, x in arrays.items():
+        found[name] = None if x is None else magnitude(x)
+        if name in PHASES and x is not None:
+            found[PHASES[name]] = phase(x)
+    return found
+
+
+def stored_maps(batch: CaseBatch, b: int) -> Tensor | None:
+    """Returns a case's coil maps, complex `(coils, H, W)`, on the grid of its image; None if there are none."""
+    if batch.maps is None:
+        return None
+    maps = torch.view_as_complex(batch.maps[b].float().contiguous())
+    matrix = (batch.geometry or {}).get("matrix")
+    return maps if matrix is None else crop(maps, matrix)
+
+
+def view(part: Part, intensity: Intensity) -> tuple[tuple[Window, ...] | None, Intensity]:
+    """Returns the windows that a slice is shown in (None leaves the choice), and the scale of its PSNR.
+
+    Of a complex image: from zero to the scale of the case, and to the largest value of its reference.
+    """
+    if intensity.units != MAGNITUDE.units:
+        return None, intensity
+    scale = float(part.row.get("scale", 1.0))
+    peak = float(part.arrays["reference"].max()) if "reference" in part.arrays else scale
+    return (Window("magnitude", 0.0, scale, units=intensity.units),), case_intensity(intensity, peak or scale)
+
+
+def volume_rows(store: PredictionStore) -> list[dict[str, Any]]:
+    """Returns fastMRI's metrics of each case whose slices all came with a reference."""
+    cases: dict[str, list[str]] = {}
+    for name in store.ids():
+        cases.setdefault(name.rsplit("/", 1)[0], []).append(name)
+    rows = []
+    for case, names in cases.items():
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for name in names:
+            arrays = store.read(name).arrays
+            if "reference" in arrays:
+                pairs.append((torch.from_numpy(arrays["reference"]), torch.from_numpy(arrays["mean"])))
+        if len(pairs) == len(names):
+            target, estimate = (torch.stack(images) for images in zip(*pairs, strict=True))
+            rows.append({"case": case, "num_slices": len(names), **volume_metrics(target, estimate)})
+    return rows

@@ -1,0 +1,172 @@
+"""Plug-and-play ADMM and RED: for a Gaussian prior the denoiser is linear, and both fixed points are known."""
+
+import pytest
+import torch
+
+from invrecon.errors import InputError
+from invrecon.methods import FBP, RED, EstimateStart, PnPADMM
+from invrecon.priors.analytic import GaussianPrior
+from invrecon.priors.base import Prior
+from invrecon.rng import make_generators, randn
+from tests.methods.toy import SHAPE, DenseOperator, generators, make_toy
+
+CONVERGED = dict(num_iterations=3000, cg_iterations=30, tol=1e-9, clip=None)
+
+
+def covariance_of(prior):
+    return prior.eigenvectors @ torch.diag(prior.eigenvalues) @ prior.eigenvectors.mT
+
+
+def posterior_mean(toy, covariance, precision):
+    """`argmin precision ||A x - y||^2 + (x - mu)^T C^{-1} (x - mu)`."""
+    matrix, mu = toy.operator.matrix, toy.prior.mean.flatten()
+    right = precision * matrix.mT @ (toy.y.flatten() - matrix @ mu)
+    return mu + torch.linalg.solve(precision * matrix.mT @ matrix + torch.linalg.inv(covariance), right)
+
+
+@pytest.mark.parametrize("sigma", [0.3, 1.0])
+def test_admm_finds_the_posterior_mean_whatever_the_level(sigma):
+    # D = prox of sigma^2 phi, so sigma drops out: sigma^2 C^{-1} (x - mu) = sigma^2 / sigma_y^2 A^T (y - A x).
+    toy = make_toy()
+    x = PnPADMM(sigma, **CONVERGED)(toy.y, toy.operator, toy.prior).mean
+    torch.testing.assert_close(x.flatten(), toy.mean, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("sigma", [0.3, 1.0])
+def test_red_finds_the_posterior_mean_of_the_blurred_prior(sigma):
+    # (x - D(x)) / sigma^2 = (C + sigma^2 I)^{-1} (x - mu).
+    toy = make_toy()
+    x = RED(sigma, **CONVERGED)(toy.y, toy.operator, toy.prior).mean
+    blurred = covariance_of(toy.prior) + sigma**2 * torch.eye(12)
+    torch.testing.assert_close(x.flatten(), posterior_mean(toy, blurred, 1 / 0.1**2), atol=1e-6, rtol=0)
+    assert (x.flatten() - toy.mean).norm() > 1e-3  # the two fixed points do differ
+
+
+@pytest.mark.parametrize("scale", [1.0, 37.0])
+def test_without_noise_the_cap_is_the_weight(scale):
+    toy, sigma, cap = make_toy(noise_std=0, scale=scale), 0.5, 20.0
+    gamma = cap / toy.operator.norm() ** 2
+    covariance = covariance_of(toy.prior)
+    for method, spread in ((PnPADMM, covariance), (RED, covariance + sigma**2 * torch.eye(12))):
+        x = method(sigma, max_weight=cap, **CONVERGED)(toy.y, toy.operator, toy.prior).mean
+        expected = posterior_mean(toy, spread, gamma / sigma**2)
+        torch.testing.assert_close(x.flatten(), expected, atol=1e-6, rtol=0)
+
+
+def test_admm_is_the_three_line_algorithm():
+    toy, sigma, num = make_toy(), 0.4, 5
+    x = PnPADMM(sigma, num_iterations=num, cg_iterations=30, clip=None)(toy.y, toy.operator, toy.prior).mean
+    z, u = EstimateStart(FBP())(toy.y, toy.operator, sigma, []), torch.zeros(1, *SHAPE, dtype=torch.float64)
+    z = toy.prior(z, sigma)  # the state starts at x + u, whose image z is
+    u = EstimateStart(FBP())(toy.y, toy.operator, sigma, []) - z
+    for _ in range(num):
+        other = toy.operator.prox(z - u, toy.y, (sigma / 0.1) ** 2, max_iter=30)
+        z = toy.prior(other + u, sigma)
+        u = u + other - z
+    torch.testing.assert_close(x, other, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("method", [PnPADMM, RED])
+def test_noise_of_each_ray_counts(method):
+    toy = make_toy()
+    std = torch.linspace(0.05, 0.5, 6, dtype=torch.float64).reshape(1, 1, 1, 6)
+    operator = DenseOperator(toy.operator.matrix, SHAPE, std)
+    x = method(0.5, **CONVERGED)(toy.y, operator, toy.prior).mean.flatten()
+    spread = covariance_of(toy.prior) + (0.25 * torch.eye(12) if method is RED else 0)
+    matrix, mu, precision = toy.operator.matrix, toy.prior.mean.flatten(), std.flatten() ** -2
+    normal = matrix.mT @ (precision[:, None] * matrix) + torch.linalg.inv(spread)
+    expected = mu + torch.linalg.solve(normal, matrix.mT @ (precision * (toy.y.flatten() - matrix @ mu)))
+    torch.testing.assert_close(x, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("method", [PnPADMM, RED])
+def test_samples_stop_one_by_one(method):
+    toy = make_toy()
+    y = torch.cat([toy.y, 0.01 * toy.y, -3 * toy.y])
+    std = torch.tensor([0.05, 0.1, 0.5], dtype=torch.float64)
+    engine = method(0.5, num_iterations=200, tol=1e-3)
+
+    def run(index):
+        return engine(y[index], DenseOperator(toy.operator.matrix, SHAPE, std[index]), toy.prior)
+
+    together = run([0, 1, 2])
+    iterations = together.stats["num_iterations"]
+    assert len(set(iterations)) > 1 and max(iterations) < 200
+    assert max(together.stats["relative_step"]) <= 1e-3
+    assert together.stats["num_evaluations"] == max(iterations) <= engine.num_evaluations
+    for k in range(3):
+        alone = run([k])
+        assert alone.stats["num_iterations"] == [iterations[k]]
+        torch.testing.assert_close(alone.mean[0], together.mean[k], atol=1e-9, rtol=0)
+    torch.testing.assert_close(run([2, 0, 1]).mean, together.mean[[2, 0, 1]], atol=1e-9, rtol=0)
+
+
+class Drawing(Prior):
+    """A denoiser with randomness of its own, as a patch prior's shifts."""
+
+    def __init__(self, prior):
+        super().__init__()
+        self.prior = prior
+
+    def forward(self, x, sigma, *, generators=None):
+        return self.prior(x, sigma) + 0.1 * randn(x.shape[1:], generators, x)
+
+
+@pytest.mark.parametrize("method", [PnPADMM, RED])
+def test_draws_belong_to_the_case(method):
+    toy = make_toy()
+    y, keys, engine = torch.cat([toy.y, 2 * toy.y]), ["a", "b"], method(num_iterations=4)
+
+    def run(index):
+        draws = make_generators(1, [keys[k] for k in index])
+        return engine(y[index], toy.operator, Drawing(toy.prior), generators=draws).mean
+
+    together = run([0, 1])
+    assert torch.equal(together, run([0, 1]))
+    torch.testing.assert_close(run([1])[0], together[1], atol=1e-9, rtol=0)
+    assert not torch.allclose(engine(y, toy.operator, Drawing(toy.prior), generators=generators(2)).mean, together)
+
+
+@pytest.mark.parametrize(("method", "solves"), [(PnPADMM, 7), (RED, 7)])
+def test_costs_are_counted(method, solves):
+    toy = make_toy()
+
+    class Free(DenseOperator):
+        def baseline(self, y):
+            return torch.zeros(len(y), *SHAPE, dtype=y.dtype)
+
+    operator = Free(toy.operator.matrix, SHAPE, toy.operator.noise_std)
+    engine = method(num_iterations=3, cg_iterations=solves, tol=0.0)
+    stats = engine(toy.y, operator, toy.prior).stats
+    assert stats["num_evaluations"] == engine.num_evaluations == 3
+    assert stats["num_operator_calls"] <= 3 * (2 + 2 * solves)
+    assert stats["num_operator_calls"] >= 3 * 2
+    assert stats["relative_residual"] == pytest.approx(
+        [float((toy.operator(engine(toy.y, operator, toy.prior).mean) - toy.y).norm() / toy.y.norm())]
+    )
+    assert method.needs_prior and not method.needs_gradient and not method.samples_posterior
+
+
+@pytest.mark.parametrize("method", [PnPADMM, RED])
+def test_what_cannot_work_is_refused(method):
+    toy = make_toy()
+    with pytest.raises(InputError, match="needs a prior"):
+        method()(toy.y, toy.operator)
+    with pytest.raises(InputError, match="measurement"):
+        method()(toy.y[..., :5], toy.operator, toy.prior)
+    for knobs in (
+        dict(sigma=0.0),
+        dict(max_weight=0.0),
+        dict(tol=-1.0),
+        dict(num_iterations=0),
+        dict(cg_iterations=0),
+        dict(clip=(1.0, 0.0)),
+    ):
+        with pytest.raises(InputError):
+            method(**knobs)
+
+
+def test_the_prior_is_not_trained():
+    toy = make_toy()
+    prior = GaussianPrior(toy.prior.mean.clone().requires_grad_(True), covariance_of(toy.prior))
+    assert not PnPADMM(num_iterations=2)(toy.y, toy.operator, prior).mean.requires_grad
