@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -17,15 +16,26 @@ from typing import Any
 
 import torch
 
+from benchmarks._record import Record, Row
+from invrecon import operators
 from invrecon.adapt import Adaptation, SuitabilityTest
 from invrecon.data.cases import CaseBatch
 from invrecon.data.reconstruction import ReconstructionData
 from invrecon.errors import InputError
-from invrecon.files import sha256, write_json
+from invrecon.files import sha256
 from invrecon.methods import Method
 from invrecon.metrics.image import psnr
 from invrecon.metrics.summary import format_entry, heading, summarise
-from invrecon.operators import NoiseModel, NoNoise, ParallelBeamCT, RelativeGaussianNoise, TransmissionPoisson
+from invrecon.operators import (
+    LinearOperator,
+    NoiseModel,
+    NoNoise,
+    ParallelBeamCT,
+    RelativeGaussianNoise,
+    TransmissionPoisson,
+)
+from invrecon.priors import layouts
+from invrecon.priors.layouts import Layout
 from invrecon.report.provenance import fingerprint
 from invrecon.shared import find_shared
 from invrecon.tasks.adaptation import TestTimeAdaptation
@@ -39,18 +49,27 @@ TEST_SLICES, FEW_SLICES = "10:90:5", "10,35,60,85"
 # so a field of 500 mm.
 NATIVE_VOXEL_MM = (3.0, 0.9766, 0.9766)
 METRICS = ("psnr", "ssim", "psnr_body", "relative_residual")
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured: views, noise and data (`native`: simulated on the scanner's grid, reconstructed on half)."""
+    """What is measured.
+
+    Attributes:
+        name: Key of its rows.
+        title: Its name in tables.
+        num_views: Of parallel-beam CT; ignored by other physics.
+        noise: Of the measurement.
+        native: Whether it is simulated on the scanner's grid and reconstructed on half.
+        physics: Another operator, by the name of its class (`class`) and its arguments but the size.
+    """
 
     name: str
     title: str
     num_views: int
     noise: NoiseModel
     native: bool = False
+    physics: Mapping[str, Any] | None = None
 
 
 SETTINGS = {
@@ -100,7 +119,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-_hash = cache(sha256)
+file_hash = cache(sha256)
 
 
 def machine(threads: int) -> dict[str, Any]:
@@ -119,52 +138,6 @@ def describe_machine(facts: Mapping[str, Any]) -> str:
     return f"{facts['processor']}, {threads}, torch {facts['torch']}, Python {facts['python']}"
 
 
-class Record:
-    """Results in a JSON file that is written after every part; parts of the same settings are not computed again.
-
-    Args:
-        path: The file, or None to keep nothing.
-        benchmark: Name of the benchmark, which the file must be of.
-        facts: The machine.
-        redo: Whether to compute again what is there.
-
-    Raises:
-        InputError: The file is not a record of this benchmark.
-    """
-
-    def __init__(self, path: Path | None, benchmark: str, facts: Mapping[str, Any], redo: bool = False) -> None:
-        self.path, self.machine = path, dict(facts)
-        self.parts: dict[str, Row] = {}
-        self.kept: set[str] = set()  # parts of an earlier run that count
-        if path is not None and path.is_file():
-            try:
-                content = json.loads(path.read_text())
-                if content["benchmark"] != benchmark:
-                    raise ValueError(content["benchmark"])
-                self.parts = content["parts"]
-            except (ValueError, LookupError, TypeError) as error:
-                raise InputError(f"'{path}' is no record of the benchmark '{benchmark}': name another file.") from error
-            self.kept = set() if redo else set(self.parts)
-        self.content: Row = {"benchmark": benchmark, "machine": self.machine}
-
-    def find(self, key: str, identity: str) -> Row | None:
-        """Returns a part computed with the same settings, or None."""
-        part = self.parts.get(key)
-        return part if key in self.kept and part and part["fingerprint"] == identity else None
-
-    def add(self, parts: Mapping[str, Row], identity: str) -> None:
-        """Keeps parts and writes the file."""
-        self.parts |= {key: {**part, "fingerprint": identity} for key, part in parts.items()}
-        self.kept |= parts.keys()
-        self.save()
-
-    def save(self, **results: Any) -> None:
-        """Writes the file, with what was made of the parts."""
-        self.content |= results
-        if self.path is not None:
-            write_json(self.path, {**self.content, "parts": self.parts})
-
-
 @dataclass(frozen=True)
 class Entry:
     """Who competes: a method, with what it needs.
@@ -175,6 +148,8 @@ class Entry:
         prior: A prior file, or the name of a shipped one; ignored by methods that need none.
         adaptation: What adapts the prior; None for nothing.
         suitability: What decides whether to adapt; None always adapts.
+        layout: How patches cover an image, as of `make_layout`; None for the prior's own.
+        weights: What stands for the weights in fingerprints; None for the hash of their file.
     """
 
     label: str
@@ -182,6 +157,8 @@ class Entry:
     prior: str | None = None
     adaptation: Adaptation | None = None
     suitability: SuitabilityTest | None = None
+    layout: Mapping[str, Any] | None = None
+    weights: str | None = None
 
 
 @dataclass
@@ -200,9 +177,14 @@ class Bench:
     precision: str = "bf16"
     seed: int = 0
 
-    def operator(self, setting: Setting) -> ParallelBeamCT:
-        """Returns the PaDIS parallel geometry."""
-        return ParallelBeamCT(self.size, setting.num_views, num_bins=2 * self.size)
+    def operator(self, setting: Setting) -> LinearOperator:
+        """Returns the PaDIS parallel geometry, or the setting's own physics."""
+        if setting.physics is None:
+            return ParallelBeamCT(self.size, setting.num_views, num_bins=2 * self.size)
+        arguments = {key: value for key, value in setting.physics.items() if key != "class"}
+        kind = getattr(operators, setting.physics["class"])
+        bins = {"num_bins": 2 * self.size} if issubclass(kind, operators.CT) else {}
+        return kind(self.size, **bins, **arguments)
 
     def task(self, setting: Setting, entry: Entry, precision: str | None = None) -> Reconstruction:
         """Returns the task that measures and reconstructs; matrix and norm are made here, outside of any timing."""
@@ -211,13 +193,21 @@ class Bench:
         prior = entry.prior if entry.method.needs_prior else None
         shared = (setting.noise, prior, precision or self.precision, self.seed)
         if entry.adaptation is None:
-            return Reconstruction(operator, entry.method, *shared)
+            return Reconstruction(operator, entry.method, *shared, layout=make_layout(entry.layout))
         return TestTimeAdaptation(operator, entry.method, entry.adaptation, *shared, suitability=entry.suitability)
 
-    def identity(self, setting: Setting, method: Method, prior: str | None, source: str, **more: Any) -> str:
+    def identity(
+        self,
+        setting: Setting,
+        method: Method,
+        prior: str | None,
+        source: str,
+        weights: str | None = None,
+        **more: Any,
+    ) -> str:
         """Returns the fingerprint of all that decides a row, its time included."""
         settings = {
-            "geometry": self.operator(setting).geometry,
+            "geometry": setting.physics or self.operator(setting).geometry,
             "size": self.size,
             "noise": plain(setting.noise),
             "method": plain(method),
@@ -226,13 +216,16 @@ class Bench:
             "machine": self.record.machine,
             **more,
         }
-        return fingerprint(settings, weights_hash(prior) if method.needs_prior else None, [_hash(source)])
+        own = weights or weights_hash(prior) if method.needs_prior else None
+        return fingerprint(settings, own, [file_hash(source)])
 
     def locate(self, setting: Setting, entry: Entry, batch: CaseBatch) -> tuple[list[str], str]:
         """Returns the names of a batch's rows in the record, and their fingerprint."""
         adapts = {"adaptation": plain(entry.adaptation), "suitability": plain(entry.suitability)}
         more = {} if entry.adaptation is None else adapts
-        identity = self.identity(setting, entry.method, entry.prior, batch.source[0], batch_size=len(batch), **more)
+        more |= {} if entry.layout is None else {"layout": dict(entry.layout)}
+        more |= {"weights": entry.weights, "batch_size": len(batch)}
+        identity = self.identity(setting, entry.method, entry.prior, batch.source[0], **more)
         return [f"{setting.name}/{entry.label}/{case}" for case in batch.id], identity
 
     def find(self, setting: Setting, entry: Entry, batch: CaseBatch) -> list[Row] | None:
@@ -268,6 +261,13 @@ class Bench:
         return rows
 
 
+def make_layout(layout: Mapping[str, Any] | None) -> Layout | None:
+    """Returns a patch layout: `class` names one of `invrecon.priors.layouts`, the rest are its arguments."""
+    if layout is None:
+        return None
+    return getattr(layouts, layout["class"])(**{key: value for key, value in layout.items() if key != "class"})
+
+
 def trace_columns(result: Result) -> list[Row]:
     """Returns how good each case's adaptation was at each step: PSNR of its estimates and loss on held-out views."""
     if result.traces is None:
@@ -299,7 +299,7 @@ def weights_hash(prior: str | None) -> str:
         raise InputError(
             f"There is no prior '{prior}': train it, or name a prior file by --prior, --whole or --priors."
         )
-    return _hash(path)
+    return file_hash(path)
 
 
 def interleave(runs: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, list[float]]:

@@ -1,4 +1,4 @@
-"""The figure of the rounds of expectation maximisation: image quality and held-out loss, and where to stop."""
+"""Figures of the tables: rows as dots with intervals, curves against a number, rounds of expectation maximisation."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from invrecon.files import atomic_write
 from invrecon.report.sheet import ACCENT, BACKGROUND, DPI, MUTED, TEXT
 
 GRID, LOSS = "#262b34", "#8fd0ff"
+Entry = Mapping[str, Any]
 
 
 def filled(traces: Sequence[Sequence[float]]) -> np.ndarray:
@@ -34,11 +35,7 @@ def rounds_figure(path: str | os.PathLike[str], settings: Mapping[str, Sequence[
     Returns:
         `path`.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(0.7 + 2.9 * len(settings), 4.8), dpi=DPI, facecolor=BACKGROUND, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(0.7 + 2.9 * len(settings), 4.8)
     axes = figure.subplots(2, len(settings), sharex="col", squeeze=False, height_ratios=(3, 2))
     for column, (title, rows) in enumerate(settings.items()):
         top, bottom = axes[:, column]
@@ -85,6 +82,91 @@ def rounds_figure(path: str | os.PathLike[str], settings: Mapping[str, Sequence[
     legend = figure.legend(handles, labels, loc="outside lower center", **style)
     for handle in legend.legend_handles[1:]:
         handle.set_sizes([24])
+    return _save(figure, path)
+
+
+def dots_figure(
+    path: str | os.PathLike[str], settings: Mapping[str, Mapping[str, Entry]], xlabel: str, zero: bool = True
+) -> Path:
+    """Draws a panel a setting: a dot with its interval a row, the same rows in the same order everywhere.
+
+    Args:
+        path: PNG, written atomically.
+        settings: Title -> title of a row -> mean, low and high (None without an interval).
+        xlabel: What the means are.
+        zero: Whether to mark zero.
+
+    Returns:
+        `path`.
+    """
+    names = list(dict.fromkeys(name for rows in settings.values() for name in rows))
+    figure = _figure(2.2 + 2.6 * len(settings), 0.9 + 0.19 * len(names))
+    for index, (title, rows) in enumerate(settings.items()):
+        axes = figure.add_subplot(1, len(settings), index + 1)
+        _style(axes)
+        axes.set_title(title, color=TEXT, fontsize=8.5)
+        places = [(len(names) - 1 - names.index(name), entry) for name, entry in rows.items()]
+        for place, entry in places:
+            _whisker(axes, entry, place, horizontal=True)
+        if zero:
+            axes.axvline(0, color=MUTED, linewidth=0.7)
+        axes.set_ylim(-0.6, len(names) - 0.4)
+        axes.set_yticks(range(len(names)), names[::-1] if index == 0 else [""] * len(names))
+        axes.set_xlabel(xlabel, color=MUTED, fontsize=7.5)
+    return _save(figure, path)
+
+
+def curves_figure(
+    path: str | os.PathLike[str], curves: Mapping[str, Mapping[float, Entry]], xlabel: str, ylabel: str
+) -> Path:
+    """Draws curves with intervals against a number on a logarithmic axis; one of a single point is a dot.
+
+    Args:
+        path: PNG, written atomically.
+        curves: Title -> number -> mean, low and high (None without an interval).
+        xlabel: What the number is.
+        ylabel: What the means are.
+
+    Returns:
+        `path`.
+    """
+    figure = _figure(4.6, 3.4)
+    axes = figure.add_subplot()
+    _style(axes)
+    for (title, points), colour in zip(curves.items(), (ACCENT, LOSS, TEXT), strict=False):
+        axes.plot(list(points), [entry["mean"] for entry in points.values()], "o-", color=colour, label=title, ms=4)
+        for x, entry in points.items():
+            _whisker(axes, entry, x, horizontal=False, colour=colour)
+    numbers = sorted({x for points in curves.values() for x in points})
+    axes.set_xscale("log")
+    axes.set_xticks(numbers, [f"{number:g}" for number in numbers])
+    axes.minorticks_off()
+    axes.set_xlabel(xlabel, color=MUTED, fontsize=7.5)
+    axes.set_ylabel(ylabel, color=MUTED, fontsize=7.5)
+    axes.legend(fontsize=7, labelcolor=TEXT, frameon=False)
+    return _save(figure, path)
+
+
+def _whisker(axes: Any, entry: Entry, place: float, horizontal: bool, colour: str = ACCENT) -> None:
+    """Draws a mean as a dot, its interval as a line."""
+    bounds = [entry["mean"] if entry[key] is None else entry[key] for key in ("low", "high")]
+    line = (bounds, [place, place]) if horizontal else ([place, place], bounds)
+    dot = (entry["mean"], place) if horizontal else (place, entry["mean"])
+    axes.plot(*line, color=colour, linewidth=1.4)
+    axes.plot(*dot, "o", color=colour, markersize=3.5)
+
+
+def _figure(width: float, height: float) -> Any:
+    """Returns an empty figure, in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor=BACKGROUND, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: str | os.PathLike[str]) -> Path:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor=BACKGROUND, metadata={"Software": "invrecon"})
     with atomic_write(path) as file:

@@ -1,14 +1,17 @@
-"""What is reconstructed for table (g): methods, priors and adaptations, those of the shipped configurations."""
+"""What a row is; and the rows of table (g): methods, priors, adaptations, those of the shipped configurations."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser
 
+from benchmarks.claims._lessons import Lesson
 from invrecon.adapt import Adaptation, HeldOutViews
 from invrecon.methods import (
     FBP,
@@ -23,6 +26,7 @@ from invrecon.methods import (
 from invrecon.shared import find_shared
 
 CHEAP, EM, PUBLISHED = 0, 1, 2  # in the order of work
+SLOW = EM  # in the tables where nothing adapts
 # The data step and transition of PaDIS (`PaDISNormalised`), over the noise levels of our sampler and from its start: of
 # the ways to spend a hundred evaluations that were tried, the best. From white noise, as published, it is 5 dB worse.
 DPS = Sampler(GeometricSchedule(50, 0.1, 0.002, 2), NormalisedGuidance(7.6), Langevin(0.5), NoisyEstimateStart())
@@ -35,20 +39,22 @@ class Recipe:
     Attributes:
         title: Its name there.
         method: What reconstructs.
-        prior: Key of the prior, or None.
+        prior: Name of a shipped prior, what a small network is taught, or None.
         adaptation: What adapts the prior; None for nothing.
         control: Key of the row that is the same without adaptation.
         tier: When it is its turn.
         few: Whether it is too expensive for all slices.
+        layout: How patches cover an image, as of `benchmarks._common.make_layout`; None for the prior's own.
     """
 
     title: str
     method: Method
-    prior: str | None = None
+    prior: str | Lesson | None = None
     adaptation: Adaptation | None = None
     control: str | None = None
     tier: int = CHEAP
     few: bool = False
+    layout: Mapping[str, Any] | None = None
 
 
 @cache

@@ -14,6 +14,7 @@ from invrecon.errors import InputError
 from invrecon.metrics.summary import NUM_RESAMPLES, paired_difference, summarise
 
 HOLDS, FAILS, OPEN, MISSING = "holds", "does not hold", "undecided", "not measured"
+REPRODUCED = {HOLDS: "reproduced", FAILS: "not reproduced"}  # in the words of tables of published claims
 Entry = Mapping[str, Any]  # mean, low, high (None without an interval) and num_cases
 
 
@@ -48,6 +49,15 @@ def decide(claim: str, entry: Entry | None, limit: float, unit: str = "dB", at_l
     return Verdict(claim, judge(entry, limit, at_least), because)
 
 
+def reproduce(
+    claim: str, entry: Entry | None, published: str, limit: float = 0.0, unit: str = "dB", at_least: bool = True
+) -> Verdict:
+    """Returns `decide`'s verdict in words of reproduction, with the published number beside ours."""
+    verdict = decide(claim, entry, limit, unit, at_least)
+    because = verdict.because.replace("holds", "reproduced") + (f"; published: {published}" if published else "")
+    return Verdict(claim, REPRODUCED.get(verdict.outcome, verdict.outcome), because if verdict.because else "")
+
+
 def number(value: float, unit: str) -> str:
     """Returns a difference in dB, a share in per cent or a multiple."""
     return {"dB": f"{value:+.2f} dB", "%": f"{100 * value:.0f} %", "x": f"{value:.1f} x"}[unit]
@@ -71,6 +81,19 @@ def difference(a: Sequence[Row] | None, b: Sequence[Row] | None) -> dict[str, An
         return paired_difference(a, b) if a and b else None
     except InputError:  # no slice in common
         return None
+
+
+def contrast(*terms: tuple[float, Sequence[Row] | None], metric: str = "psnr") -> dict[str, Any] | None:
+    """Returns mean and interval of a weighted sum of a metric of several rows, over the slices that all of them have.
+
+    Args:
+        *terms: Weights and rows.
+        metric: What is summed.
+    """
+    tables = [(weight, {(row["case"], row["slice"]): row for row in rows or ()}) for weight, rows in terms]
+    common = set.intersection(*(set(own) for _, own in tables))
+    first = [row for key, row in tables[0][1].items() if key in common]
+    return interval(first, lambda row: sum(w * own[row["case"], row["slice"]][metric] for w, own in tables))
 
 
 def interval(rows: Sequence[Row], value: Callable[[Row], float | None]) -> dict[str, Any] | None:

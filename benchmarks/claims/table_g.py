@@ -9,114 +9,73 @@ report is written after each setting, of all rows that the record holds.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import _common
-from benchmarks._common import HELD_OUT, SETTINGS, Bench, Entry, Row, Setting
+from benchmarks._common import HELD_OUT, SETTINGS, Row, Setting
 from benchmarks.claims._figures import rounds_figure
-from benchmarks.claims._recipes import CHEAP, EM, PUBLISHED, Recipe, recipes
-from benchmarks.claims._verdicts import MISSING, Verdict, cell, decide, difference, gap_share, interval, ratio
-from invrecon.data.cases import CaseBatch
+from benchmarks.claims._recipes import Recipe, recipes
+from benchmarks.claims._run import Run, Table
+from benchmarks.claims._verdicts import Verdict, cell, decide, difference, gap_share, interval, ratio
 from invrecon.data.intensity import Intensity
-from invrecon.errors import InputError
-from invrecon.files import atomic_write
 from invrecon.metrics.summary import describe, summarise
-from invrecon.shared import find_shared
 
 TITLE = "Test-time adaptation of a prior of ellipses"
 SEVERAL, MOST, LOST, COSTLY = 2.0, 0.5, 0.3, 15.0  # [dB], share, [dB], times the unadapted reconstruction
 CLOSED = {20: 0.6, 60: 0.8}  # share of the gap that EM is to close, by the number of views
 FIGURE = ("fbp", "tv", "patch", "patch-em", "patch-ct")
 FIGURE_SETTING = "20-clean"
-Table = Mapping[str, Sequence[Row]]  # key of a recipe -> its rows, of one setting
 
 
-class Run:
-    """The rows of one record.
+class AdaptationTable(Run):
+    """The table of test-time adaptation."""
 
-    Args:
-        options: As of `benchmarks.claims`.
-        path: The record; report and figures are written beside it.
+    letter, title = "g", TITLE
+    problems, others = ("20-clean", "60-clean", "20-noisy"), ("60-noisy",)
+    every = 5
 
-    Raises:
-        InputError: A row that there is not, or a prior that is missing.
-    """
+    @classmethod
+    def list_recipes(cls) -> dict[str, Recipe]:
+        """Returns the rows by their keys."""
+        return recipes()
 
-    def __init__(self, options: argparse.Namespace, path: Path) -> None:
-        self.options, self.recipes = options, recipes()
-        self.chosen = options.rows or list(self.recipes)
-        if unknown := set(self.chosen) - self.recipes.keys():
-            raise InputError(
-                f"There is no row {', '.join(sorted(unknown))}, expected some of {', '.join(self.recipes)}."
-            )
-        for key in self.chosen:
-            if (prior := self.prior(self.recipes[key])) is not None:
-                _common.weights_hash(prior)  # a missing prior is noticed now, not after an hour
-        self.together = _common.load_batches(HELD_OUT, options.slices, options.size, options.batch_size)
-        self.singles = _common.load_batches(HELD_OUT, options.slices, options.size, 1)
-        record = _common.start(argparse.Namespace(**{**vars(options), "json": path}), "claims-g")
-        self.bench = Bench(record, options.size)
-        self.path = path
-        self.failures: dict[str, str] = {}
+    def find(self, setting: Setting, table: Table) -> dict[str, Any]:
+        """Returns summaries, differences, shares of the gap, costs and verdicts."""
+        return find(table, self.recipes, setting.num_views)
 
-    def prior(self, recipe: Recipe) -> str | None:
-        """Returns the recipe's prior file, or the name of a shipped one."""
-        return None if recipe.prior is None else self.options.priors[recipe.prior]
+    def introduction(self, machine: str) -> str:
+        """Returns what the rows are."""
+        dps = self.recipes["patch-dps"].method.schedule  # type: ignore[attr-defined]
+        return INTRODUCTION.format(machine=machine, dps=len(dps))
 
-    def entry(self, key: str) -> Entry:
-        """Returns a recipe as the benchmarks run it."""
-        recipe = self.recipes[key]
-        return Entry(key, recipe.method, self.prior(recipe), recipe.adaptation)
+    def describe(self, setting: Setting, table: Table, found: Mapping[str, Any]) -> Iterator[str]:
+        """Yields rows, differences, and the numbers behind the verdicts."""
+        yield from describe_setting(setting, table, self.recipes, found)
 
-    def batches(self, recipe: Recipe) -> list[CaseBatch]:
-        """Returns the slices in batches; alone where each takes minutes, so that little is lost."""
-        singles = self.singles[:: self.options.few] if recipe.few else self.singles
-        return self.together if recipe.tier == CHEAP else singles
+    def captions(self) -> dict[str, str]:
+        """Returns captions by the ending of a figure's name."""
+        return {".png": "One slice and its errors", "_rounds.png": "Rounds of EM"}
 
-    def measure(self, setting: Setting, tier: int) -> bool:
-        """Computes the chosen rows of a tier, slice by slice; returns whether any of them is new."""
-        new = False
-        keys = [key for key in self.chosen if self.recipes[key].tier == tier]
-        for batch in self.together if tier == CHEAP else self.singles:
-            for key in keys:
-                recipe = self.recipes[key]
-                if not any(batch is own for own in self.batches(recipe)):
-                    continue
-                if self.bench.find(setting, self.entry(key), batch) is not None:
-                    continue
-                new = True
-                try:
-                    self.bench.rows(setting, self.entry(key), batch)
-                except InputError as error:  # one that diverged does not end the run
-                    self.failures[f"{setting.title}, {recipe.title}, {batch.id[0]}"] = str(error)
-                    _common.progress(str(error))
-        return new
+    def figures(self, tables: Mapping[str, Table], findings: Mapping[str, Mapping[str, Any]]) -> None:
+        """Draws the rounds of EM."""
+        curves = {SETTINGS[name].title: rows for name, table in tables.items() if (rows := stopped(table, "patch-em"))}
+        if curves:
+            rounds_figure(self.beside("_rounds.png"), curves)
 
-    def table(self, setting: Setting) -> dict[str, list[Row]]:
-        """Returns all rows of a setting that the record holds, chosen now or not."""
-        rows: dict[str, list[Row]] = {}
-        for key, recipe in self.recipes.items():
-            prior = self.prior(recipe)
-            if prior is not None and not find_shared(prior, "checkpoints", ".safetensors").is_file():
-                continue
-            # An earlier run may have done more slices than `few` says.
-            batches = self.together if recipe.tier == CHEAP else self.singles
-            found = [self.bench.find(setting, self.entry(key), b) for b in batches]
-            rows[key] = [row for part in found for row in part or ()]
-        return {key: own for key, own in rows.items() if own}
+    def finish(self) -> None:
+        """Draws one slice."""
+        if FIGURE_SETTING in {setting.name for setting in self.settings} and set(FIGURE) <= set(self.chosen):
+            self.draw()
 
     @torch.no_grad()
     def draw(self) -> None:
         """Draws one slice by the rows of `FIGURE`; not again unless something has changed."""
         from invrecon.report.figures import comparison_figure
 
-        setting, options, path = SETTINGS[FIGURE_SETTING], self.options, self._beside(".png")
+        setting, options, path = SETTINGS[FIGURE_SETTING], self.options, self.beside(".png")
         (batch,) = _common.load_batches(HELD_OUT, str(options.figure_slice), options.size, 1)
         own = [self.recipes[key] for key in FIGURE]
         settings = {r.title: [_common.plain(r.method), _common.plain(r.adaptation), self._weights(r)] for r in own}
@@ -125,7 +84,7 @@ class Run:
             return
         images, decode = {}, Intensity().decode
         for key, recipe in zip(FIGURE, own, strict=True):
-            result = self.bench.task(setting, self.entry(key)).reconstruct(batch)
+            result = self.bench.task(setting, self.entry(key, setting)).reconstruct(batch)
             images[recipe.title], reference = decode(result.estimate.mean[0]), result.reference
         assert reference is not None
         voxel_mm = batch.voxel_mm[0]
@@ -136,50 +95,6 @@ class Run:
     def _weights(self, recipe: Recipe) -> str | None:
         prior = self.prior(recipe)
         return None if prior is None else _common.weights_hash(prior)
-
-    def report(self) -> None:
-        """Writes what the record holds: summaries into the JSON, tables and verdicts as text, the figure of rounds."""
-        tables = {name: table for name, s in SETTINGS.items() if not s.native and (table := self.table(s))}
-        findings = {name: find(table, self.recipes, SETTINGS[name].num_views) for name, table in tables.items()}
-        plain = {
-            name: {**found, "verdicts": [vars(verdict) for verdict in found["verdicts"]]}
-            for name, found in findings.items()
-        }
-        self.bench.record.save(settings=plain, failures=self.failures)
-        curves = {SETTINGS[name].title: rows for name, table in tables.items() if (rows := stopped(table, "patch-em"))}
-        if curves:
-            rounds_figure(self._beside("_rounds.png"), curves)
-        text = "\n".join(self._text(tables, findings))
-        with atomic_write(self._beside(".md")) as file:
-            file.write(text.encode())
-
-    def _beside(self, ending: str) -> Path:
-        return self.path.with_name(self.path.stem + ending)
-
-    def _text(self, tables: Mapping[str, Table], findings: Mapping[str, dict[str, Any]]) -> Iterator[str]:
-        yield f"# ({self.path.stem}) {TITLE}\n"
-        dps = self.recipes["patch-dps"].method.schedule  # type: ignore[attr-defined]
-        machine = _common.describe_machine(self.bench.record.machine)
-        yield INTRODUCTION.format(machine=machine, dps=len(dps))
-        outcomes: dict[str, dict[str, str]] = {}
-        for name, found in findings.items():
-            for verdict in found["verdicts"]:
-                outcomes.setdefault(verdict.claim, {})[name] = verdict.outcome
-        yield "## Verdicts\n"
-        header = ["Claim", *(SETTINGS[name].title for name in findings)]
-        measured = {claim: own for claim, own in outcomes.items() if set(own.values()) != {MISSING}}
-        cells = ([claim, *(own.get(name, "") for name in findings)] for claim, own in measured.items())
-        yield _common.markdown(header, cells) + "\n"
-        if left := len(outcomes) - len(measured):
-            yield f"{left} more claims have not been measured yet.\n"
-        for ending, what in ((".png", "One slice and its errors"), ("_rounds.png", "Rounds of EM")):
-            if self._beside(ending).is_file():
-                yield f"![{what}]({self._beside(ending).name})\n"
-        for name, table in tables.items():
-            yield from describe_setting(SETTINGS[name], table, self.recipes, findings[name])
-        if self.failures:
-            yield "## What failed\n"
-            yield from (f"- {where}: {why}" for where, why in self.failures.items())
 
 
 INTRODUCTION = """\
@@ -204,7 +119,7 @@ def stopped(table: Table, key: str) -> Sequence[Row]:
 
 def base(recipe: Recipe) -> str | None:
     """Returns the key of the unadapted reconstruction by our sampler with the recipe's prior."""
-    return None if recipe.prior is None else recipe.prior.replace("_", "-").removesuffix("-ellipses")
+    return recipe.prior.replace("_", "-").removesuffix("-ellipses") if isinstance(recipe.prior, str) else None
 
 
 def list_pairs(recipes: Mapping[str, Recipe]) -> Iterator[tuple[str, str, str]]:
@@ -239,7 +154,7 @@ def find(table: Table, recipes: Mapping[str, Recipe], num_views: int) -> dict[st
             continue
         if (cost := ratio(table[key], table.get(own))) is not None:
             costs[key] = cost
-        if recipe.prior is not None and recipe.prior.endswith("ellipses"):
+        if isinstance(recipe.prior, str) and recipe.prior.endswith("ellipses"):
             share = gap_share(table.get(own), table[key], table.get(f"{own}-ct"))
             if share is not None:
                 shares[key] = share
@@ -325,21 +240,3 @@ def describe_setting(
         yield _common.markdown(["Differences in PSNR", "paired", "dB", "Slices"], pairs) + "\n"
     yield _common.markdown(["Claim", "Verdict", "Because"], ((v.claim, v.outcome, v.because)
                                                             for v in found["verdicts"])) + "\n"  # fmt: skip
-
-
-def run(options: argparse.Namespace, path: Path) -> None:
-    """Computes what is new; the report is written after each setting of each tier, and when the run is interrupted."""
-    claims = Run(options, path)
-    try:
-        for tier, name in product((CHEAP, EM, PUBLISHED), options.settings):
-            if claims.measure(SETTINGS[name], tier):
-                claims.report()
-        if FIGURE_SETTING in options.settings and set(FIGURE) <= set(claims.chosen):
-            claims.draw()
-    finally:
-        claims.report()
-    for name, found in ((n, claims.table(SETTINGS[n])) for n in options.settings):
-        print(f"\n{SETTINGS[name].title}")
-        for verdict in judge_claims(found, claims.recipes, SETTINGS[name].num_views):
-            print(f"  {verdict.claim}: {verdict.outcome}. {verdict.because}")
-    print(f"\nTables and figures: {path.with_suffix('.md')}")

@@ -197,7 +197,7 @@ def tiny(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     _common.load_batches.cache_clear()
     priors = [f"{name}={folder / name}.safetensors" for name in claims.PRIORS]
     more = ["--slices", "3,5", "--few", "2", "--figure-slice", "5", "--threads", "1", "--size", str(SIZE)]
-    return [*more, "--settings", "20-clean", "--priors", *priors]
+    return [*more, "--tables", "g", "--settings", "20-clean", "--priors", *priors]
 
 
 def test_a_run_from_end_to_end(

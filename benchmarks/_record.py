@@ -1,0 +1,59 @@
+"""A record of results that is continued: what has been computed with the same settings is not computed again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from invrecon.errors import InputError
+from invrecon.files import write_json
+
+Row = dict[str, Any]
+
+
+class Record:
+    """Results in a JSON file that is written after every part; parts of the same settings are not computed again.
+
+    Args:
+        path: The file, or None to keep nothing.
+        benchmark: Name of the benchmark, which the file must be of.
+        facts: The machine.
+        redo: Whether to compute again what is there.
+
+    Raises:
+        InputError: The file is not a record of this benchmark.
+    """
+
+    def __init__(self, path: Path | None, benchmark: str, facts: Mapping[str, Any], redo: bool = False) -> None:
+        self.path, self.machine = path, dict(facts)
+        self.parts: dict[str, Row] = {}
+        self.kept: set[str] = set()  # parts of an earlier run that count
+        if path is not None and path.is_file():
+            try:
+                content = json.loads(path.read_text())
+                if content["benchmark"] != benchmark:
+                    raise ValueError(content["benchmark"])
+                self.parts = content["parts"]
+            except (ValueError, LookupError, TypeError) as error:
+                raise InputError(f"'{path}' is no record of the benchmark '{benchmark}': name another file.") from error
+            self.kept = set() if redo else set(self.parts)
+        self.content: Row = {"benchmark": benchmark, "machine": self.machine}
+
+    def find(self, key: str, identity: str) -> Row | None:
+        """Returns a part computed with the same settings, or None."""
+        part = self.parts.get(key)
+        return part if key in self.kept and part and part["fingerprint"] == identity else None
+
+    def add(self, parts: Mapping[str, Row], identity: str) -> None:
+        """Keeps parts and writes the file."""
+        self.parts |= {key: {**part, "fingerprint": identity} for key, part in parts.items()}
+        self.kept |= parts.keys()
+        self.save()
+
+    def save(self, **results: Any) -> None:
+        """Writes the file, with what was made of the parts."""
+        self.content |= results
+        if self.path is not None:
+            write_json(self.path, {**self.content, "parts": self.parts})
