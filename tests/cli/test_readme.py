@@ -44,6 +44,16 @@ def test_commands_that_import(line: str, tmp_path: Path, monkeypatch: pytest.Mon
         main(shlex.split(line)[1:])
 
 
+@pytest.mark.parametrize("line", commands("invrecon tune"))
+def test_commands_that_tune(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from invrecon.cli import main
+
+    monkeypatch.chdir(tmp_path)  # understood as far as to ask for the scan, which is not here
+    with pytest.raises(InputError, match=r"validation\.h5"):
+        main(shlex.split(line)[1:])
+    assert not any(tmp_path.rglob("trials.csv"))
+
+
 @pytest.mark.parametrize("line", commands("(torchrun|srun)"))
 def test_commands_of_clusters(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = shlex.split(line)
