@@ -5,7 +5,7 @@ from invrecon.adapt.em import ExpectationMaximisation
 from invrecon.adapt.losses import DataLoss, ImplicitProximalDataLoss, ProximalDataLoss, SelfSupervisedLoss
 from invrecon.adapt.presets import DDIP, SCD, PatchSelfSupervision, WholeSelfSupervision
 from invrecon.adapt.selfsupervised import AdaptingPrior, DenoisedOutput, Levels, PriorNoise, SelfSupervised
-from invrecon.adapt.stopping import Discrepancy, HeldOutViews, Stopper, held_out_loss, without_views
+from invrecon.adapt.stopping import Discrepancy, HeldOutViews, loss_on
 from invrecon.adapt.suitability import SuitabilityTest, Verdict
 from invrecon.adapt.trainable import AllWeights, Biases, LoRA, Trainable, adapted_copy, movement, num_parameters
 
@@ -30,15 +30,13 @@ __all__ = [
     "SelfSupervised",
     "SelfSupervisedLoss",
     "Step",
-    "Stopper",
     "SuitabilityTest",
     "Trace",
     "Trainable",
     "Verdict",
     "WholeSelfSupervision",
     "adapted_copy",
-    "held_out_loss",
+    "loss_on",
     "movement",
     "num_parameters",
-    "without_views",
 ]

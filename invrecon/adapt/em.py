@@ -18,12 +18,13 @@ from invrecon.adapt.base import (
     private_generator,
     private_generators,
 )
-from invrecon.adapt.stopping import HeldOutViews, held_out_loss, without_views
+from invrecon.adapt.stopping import HeldOutViews, loss_on
 from invrecon.adapt.trainable import AllWeights, Trainable, adapted_copy, movement, num_parameters
 from invrecon.errors import InputError
 from invrecon.methods.base import Estimate
 from invrecon.methods.sampling import ProximalDiffusion, Sampler
 from invrecon.methods.start import GivenStart
+from invrecon.methods.stopping import mean_square, measured, restrict_to
 from invrecon.priors.patch import PatchPrior, WholePrior
 from invrecon.rng import Generators
 
@@ -99,11 +100,11 @@ class ExpectationMaximisation(Adaptation):
                 f"{type(self).__name__} learns from images, which {type(prior).__name__} cannot: use a prior file "
                 "(WholePrior or PatchPrior)."
             )
-        seen, y_seen, unseen, rule = operator, y, None, None
+        seen, y_seen, kept, unseen, rule = operator, y, measured(operator, y), None, None
         if self.held_out is not None:
             # The same views in every round: each goes on from the last estimate, which must never have seen them.
-            unseen = self.held_out.mask(0, operator, private_generator(generators, "views"))
-            seen, y_seen = without_views(operator, y, unseen)
+            kept, unseen = self.held_out.split(0, operator, y, private_generator(generators, "views"))
+            seen, y_seen = restrict_to(operator, y, kept)
             rule = self.held_out.stopper()
         learner = _Learner(self, prior, private_generator(generators, "learning"))
         trace = Trace(num_trainable=num_parameters(learner.averages), reason=f"all {self.rounds} rounds")
@@ -122,7 +123,8 @@ class ExpectationMaximisation(Adaptation):
                 images[b] = estimate.mean
             one = slice(watched, watched + 1)
             name, own_operator = f"round {k}" if k else "not adapted", operator.select_cases(one, num_cases)
-            trace.steps.append(self._look(name, own_operator, y[one], images[watched], unseen))
+            own_unseen = None if unseen is None else unseen[one]
+            trace.steps.append(self._look(name, own_operator, y[one], images[watched], kept[one], own_unseen))
             if rule is None:
                 continue
             risen = rule.update(cast(float, trace.steps[k].held_out_loss))
@@ -132,8 +134,8 @@ class ExpectationMaximisation(Adaptation):
                 break
         trace.stopped_at = len(trace.steps) - 1
         if rule is not None and rule.best < trace.stopped_at:
-            rose = f"rose {rule.patience} rounds running" if risen else "was least"
-            trace.reason = f"the loss on views held out {rose}"
+            end = f"had no new least in {rule.patience} rounds" if risen else "was least"
+            trace.reason = f"the loss on views held out {end}"
             trace.stopped_at = rule.best
             learner.restore(best)
         trace.movement = movement(prior, learner.adapted)
@@ -143,13 +145,12 @@ class ExpectationMaximisation(Adaptation):
 
     @staticmethod
     @torch.no_grad()
-    def _look(name: str, operator: LinearOperator, y: Tensor, x: Tensor, unseen: Tensor | None) -> Step:
+    def _look(name: str, operator: LinearOperator, y: Tensor, x: Tensor, kept: Tensor, unseen: Tensor | None) -> Step:
         """Returns what the measurement says of the estimate `x`, and the estimate."""
         if unseen is None:
-            residual, held_out = (operator(x) - y).square().mean(), None
+            residual, held_out = mean_square(operator(x) - y, kept), None
         else:
-            residual = held_out_loss(operator, y, x, ~unseen).mean()
-            held_out = float(held_out_loss(operator, y, x, unseen).mean())
+            residual, held_out = loss_on(operator, y, x, kept), float(loss_on(operator, y, x, unseen))
         return Step(name, None, float(residual), held_out, x[0].cpu())
 
     def _expect(

@@ -12,12 +12,13 @@ from torch.nn.utils import parametrize
 
 from invrecon.adapt.base import Adaptation, Step, Trace, check_positive, private_generator, private_generators
 from invrecon.adapt.losses import DataLoss, SelfSupervisedLoss
-from invrecon.adapt.stopping import Discrepancy, HeldOutViews, held_out_loss, without_views
+from invrecon.adapt.stopping import Discrepancy, HeldOutViews, loss_on
 from invrecon.adapt.trainable import AllWeights, Trainable, adapted_copy, movement, num_parameters
 from invrecon.errors import InputError
 from invrecon.methods.base import Estimate, check_generators
 from invrecon.methods.counting import Counter, CountingPrior, count_calls
 from invrecon.methods.sampling import repeat_cases
+from invrecon.methods.stopping import measured, restrict_to
 from invrecon.methods.transitions import DenoisedTransition, PriorNoise
 from invrecon.rng import Generators
 
@@ -274,22 +275,24 @@ class AdaptingPrior:
         num_samples = len(x) // len(self.y)
         y = self.y.repeat_interleave(num_samples, dim=0)
         operator = count_calls(repeat_cases(self.operator, len(self.y), num_samples), self.calls)
-        mask = None if plan.held_out is None else plan.held_out.mask(len(steps), operator, self._order)
-        seen, y_seen = (operator, y) if mask is None else without_views(operator, y, mask)
+        seen, y_seen, kept, unseen = operator, y, measured(operator, y), None
+        if plan.held_out is not None:
+            kept, unseen = plan.held_out.split(len(steps), operator, y, self._order)
+            seen, y_seen = restrict_to(operator, y, kept)
 
         def explain() -> float | None:
             # The same state, views and layouts each time: the comparison is paired.
-            if mask is None:
+            if unseen is None:
                 return None
             prior = CountingPrior(self._sampled, self.evaluations)
             denoised = prior(x, sigma, generators=private_generators(generators, "check", level))
             self._check_finite(denoised, sigma)
-            return float(held_out_loss(operator, y, denoised, mask).mean())
+            return float(loss_on(operator, y, denoised, unseen).mean())
 
         before = explain()
         denoised = self._improve(level, x, sigma, generators, seen, y_seen)
         after = explain()
-        explained = DataLoss()(denoised, operator, y) if mask is None else held_out_loss(operator, y, denoised, ~mask)
+        explained = loss_on(operator, y, denoised, kept)
         image = denoised[0].cpu().clone() if len(steps) in self._pictured else None
         name = f"level {level + 1} of {len(self._sigmas)}"
         steps.append(Step(name, sigma, float(explained.mean()), after, image))

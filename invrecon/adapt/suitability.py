@@ -10,9 +10,10 @@ from torch import Tensor
 
 from invrecon.adapt.base import check_positive, private_generator, private_generators
 from invrecon.adapt.em import ExpectationMaximisation
-from invrecon.adapt.stopping import HeldOutViews, held_out_loss, without_views
+from invrecon.adapt.stopping import HeldOutViews, loss_on
 from invrecon.methods.base import Method
 from invrecon.methods.classical import TotalVariation
+from invrecon.methods.stopping import restrict_to
 from invrecon.rng import Generators
 
 if TYPE_CHECKING:
@@ -83,11 +84,11 @@ class SuitabilityTest:
         self, y: Tensor, operator: LinearOperator, prior: Prior, sampler: Sampler, generators: Generators
     ) -> Verdict:
         """Returns the verdict on cases taken together; draws from private generators alone."""
-        unseen = self.held_out.mask(0, operator, private_generator(generators, "suitability"))
-        seen, y_seen = without_views(operator, y, unseen)
+        kept, unseen = self.held_out.split(0, operator, y, private_generator(generators, "suitability"))
+        seen, y_seen = restrict_to(operator, y, kept)
 
         def loss(x: Tensor) -> float:
-            return float(held_out_loss(operator, y, x, unseen).sum())
+            return float(loss_on(operator, y, x, unseen).sum())
 
         private = private_generators(generators, "suitability")
         before = loss(sampler(y_seen, seen, prior, generators=private).mean)

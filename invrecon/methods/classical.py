@@ -21,7 +21,7 @@ from invrecon.methods.base import (
     relative_residual,
 )
 from invrecon.methods.counting import Counter, count_calls
-from invrecon.methods.stopping import PerSampleStop
+from invrecon.methods.stopping import PerSampleStop, measured
 from invrecon.operators.base import conjugate_gradient
 
 if TYPE_CHECKING:
@@ -362,7 +362,8 @@ class SIRT(Method):
         columns = self._inverse_sums(weighted.adjoint(torch.ones_like(data)), operator)
         rows = self._inverse_sums(weighted(torch.ones_like(x)), operator)
         x = x if self.bounds is None else x.clamp(*self.bounds)
-        size = norm_per_sample(data) if std is None else std.to(data) * data[0].numel() ** 0.5
+        num = measured(weighted, data).flatten(1).sum(dim=1).to(data)
+        size = norm_per_sample(data) if std is None else std.to(data) * num.sqrt()
         size = size.clamp(min=torch.finfo(data.dtype).tiny)
         end = PerSampleStop(x, 0.0 if std is None else self.discrepancy)
         residual = data - weighted(x)

@@ -1,11 +1,20 @@
-"""Iterations that end sample by sample: each is kept as it was when it met the tolerance."""
+"""When to stop, from the measurement alone: what was measured, what is held out of it, what its noise permits.
+
+A row is an entry of a measurement: what one row of `A` gives. `rows` are those meant, of bool, with the shape of `y`,
+`(B, *measurement_shape)`. Rows are held out by whole lines, views of a sinogram or lines of k-space.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from invrecon.errors import InputError
 from invrecon.methods.base import Stats, per_sample
+from invrecon.operators.base import LinearOperator, WhitenedOperator
+from invrecon.operators.mri import MRI, CartesianMRI
 
 
 class PerSampleStop:
@@ -46,3 +55,140 @@ class PerSampleStop:
     def stats(self, name: str) -> Stats:
         """Returns `num_iterations` and the last measure, under its name, of every sample."""
         return {"num_iterations": self.iterations.tolist(), name: self.measure.tolist()}
+
+
+class Stopper:
+    """Stops a falling curve once `patience` values in a row, at least 1, have brought no new least one.
+
+    Attributes:
+        best: Index of the least value so far, the first of equals.
+        waited: Values since then.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+        self.best, self.waited = 0, 0
+        self._least, self._num_values = float("inf"), 0
+
+    def update(self, value: float) -> bool:
+        """Takes the next value and returns whether to stop; what is not a number is no new least."""
+        self.waited += 1
+        if value < self._least:
+            self.best, self.waited, self._least = self._num_values, 0, value
+        self._num_values += 1
+        return self.waited >= self.patience
+
+
+def check_held_out(owner: object, fraction: float, patience: int) -> None:
+    """Raises `InputError` unless a rule holds out at most half of the lines and has some patience."""
+    if not 0 < fraction <= 0.5 or patience < 1:
+        raise InputError(
+            f"{type(owner).__name__} needs 0 < fraction <= 0.5 and patience >= 1, got {fraction} and {patience}."
+        )
+
+
+def measured(operator: LinearOperator, y: Tensor) -> Tensor:
+    """Returns the rows that were measured: all but those off the mask of k-space, and those of weight 0."""
+    rows = torch.ones_like(y)
+    while isinstance(operator, WhitenedOperator):
+        rows = rows * (operator.weights > 0)
+        operator = operator.operator
+    return operator.restrict(rows) != 0
+
+
+def split(operator: LinearOperator, rows: Tensor, choose: Callable[[int], Tensor]) -> tuple[Tensor, Tensor]:
+    """Parts rows into those kept and those held out, by whole lines of every case.
+
+    Args:
+        operator: `A`, bound to these cases.
+        rows: What was measured.
+        choose: Gives the numbers of the lines to hold out, from their count.
+
+    Raises:
+        InputError: Fewer than two lines.
+    """
+    lines = lines_of(operator, rows)
+    num_lines = [int(own.max()) + 1 for own in lines]
+    if min(num_lines) < 2:
+        raise InputError(
+            "Holding out a part of the measurement (views of a sinogram, lines of k-space outside its centre) needs at "
+            f"least two of them, got {min(num_lines)}: stop by another rule, such as the discrepancy principle."
+        )
+    held_out = torch.stack([torch.isin(own, choose(num).to(own)) for own, num in zip(lines, num_lines, strict=True)])
+    return rows & ~held_out, rows & held_out
+
+
+def restrict_to(operator: LinearOperator, y: Tensor, rows: Tensor) -> tuple[LinearOperator, Tensor]:
+    """Returns operator and measurement with all other rows set to zero, `W A` and `W y`, noise level kept."""
+    weights = rows.to(y)
+    if (weights == weights[:1]).all():
+        weights = weights[:1]  # what all cases share serves any number of samples of each
+    restricted = WhitenedOperator(operator, weights)
+    restricted.noise_std = operator.noise_std
+    return restricted, weights * y
+
+
+def mean_square(residual: Tensor, rows: Tensor) -> Tensor:
+    """Returns the mean square of `A x - y` over these rows, `(B,)`."""
+    return torch.stack([own[chosen].square().mean() for own, chosen in zip(residual, rows, strict=True)])
+
+
+def discrepancy(residual: Tensor, rows: Tensor, std: Tensor | float) -> Tensor:
+    r"""Returns `||A x - y||^2 / (m sigma_y^2)` over these `m` rows, `(B,)` of float64: about 1 at the truth.
+
+    Source: Morozov, "On the solution of functional equations by the method of regularization", Soviet Math. Dokl. 7
+    (1966), for stopping where it has come down to 1.
+
+    Args:
+        residual: `A x - y`, rows weighted so that their noise is alike (`operator.whiten`).
+        rows: Those that count.
+        std: `sigma_y`, one number or `(B,)`.
+    """
+    misfit = torch.where(rows, residual, 0.0).square().flatten(1).sum(dim=1).double()
+    return misfit / (torch.as_tensor(std, dtype=misfit.dtype).to(misfit) ** 2 * rows.flatten(1).sum(dim=1))
+
+
+def lines_of(operator: LinearOperator, rows: Tensor) -> Tensor:
+    """Returns the line of every row, numbered from 0 in every case; -1 for rows that cannot be held out.
+
+    A line is a view of a sinogram (an entry of axis -2), a column of Cartesian k-space sampled in whole columns, else
+    a point of it, or a readout of another trajectory; in k-space of all coils at once. The fully sampled centre of
+    Cartesian k-space, the largest square (or run of columns) around it, is in no line if there is anything else: its
+    few samples hold most of the image, which nothing without one of them could know.
+    """
+    while isinstance(operator, WhitenedOperator):
+        operator = operator.operator
+    return torch.stack([_lines_of_case(operator, own).expand(own.shape) for own in rows])
+
+
+def _lines_of_case(operator: LinearOperator, rows: Tensor) -> Tensor:
+    """Returns the lines of one case, of rows `(*measurement_shape)`, to be broadcast."""
+    if isinstance(operator, MRI):
+        sampled = rows.any(-1).any(0)  # (H, W), or (readouts, samples)
+        if not isinstance(operator, CartesianMRI):
+            return _number(sampled.any(-1))[:, None, None]
+        if torch.equal(sampled, sampled.any(0).expand_as(sampled)):
+            return _number(_without_centre(sampled.any(0)))[:, None]
+        return _number(_without_centre(sampled))[..., None]
+    return _number(rows.movedim(-2, 0).flatten(1).any(1))[:, None] if rows.ndim > 1 else _number(rows)
+
+
+def _number(lines: Tensor) -> Tensor:
+    """Numbers the true entries from 0; the others are -1."""
+    numbers = torch.full(lines.shape, -1, device=lines.device)
+    numbers[lines] = torch.arange(int(lines.sum()), device=lines.device)
+    return numbers
+
+
+def _without_centre(sampled: Tensor) -> Tensor:
+    """Returns `sampled` without its largest centred square (run, in one dimension) that is sampled throughout."""
+    block: tuple[slice, ...] = ()
+    for side in range(1, min(sampled.shape) + 1):
+        larger = tuple(slice(n // 2 - side // 2, n // 2 - side // 2 + side) for n in sampled.shape)
+        if not sampled[larger].all():
+            break
+        block = larger
+    rest = sampled.clone()
+    if block:
+        rest[block] = False
+    return rest if rest.any() else sampled

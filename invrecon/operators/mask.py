@@ -49,6 +49,10 @@ class Inpainting(SpectralOperator):
         self._check(y, self.measurement_shape, "measurements")
         return self._mask.to(y) * y
 
+    def restrict(self, y: Tensor) -> Tensor:
+        """Returns `y` with zeros off the mask."""
+        return self._mask.to(y) * super().restrict(y)
+
     def baseline(self, y: Tensor) -> Tensor:
         """Returns `y` with each missing pixel filled by the nearest one that was measured."""
         return y.flatten(-2)[..., self._nearest.to(y.device)]
@@ -157,6 +161,10 @@ class FourierMask(SpectralOperator):
         """Returns the images `F^H m y` of zero-filled k-spaces, `(B, 2, H, W)`."""
         self._check(y, self.measurement_shape, "measurements")
         return complex_to_channels(ifft2c(channels_to_complex(self._mask.to(y) * y)))
+
+    def restrict(self, y: Tensor) -> Tensor:
+        """Returns `y` with zeros off the mask."""
+        return self._mask.to(y) * super().restrict(y)
 
     def baseline(self, y: Tensor) -> Tensor:
         """Returns the zero-filled reconstruction, which is also `A^+ y`."""

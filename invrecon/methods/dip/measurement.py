@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from invrecon.errors import InputError
-from invrecon.operators.base import LinearOperator, WhitenedOperator
-from invrecon.operators.mri import MRI, CartesianMRI
+from invrecon.methods.stopping import restrict_to
 from invrecon.rng import make_generator
 
 if TYPE_CHECKING:
     from invrecon.methods.dip.stopping import StoppingRule
+    from invrecon.operators.base import LinearOperator
 
 
 class CaseData:
@@ -47,13 +47,10 @@ class CaseData:
         # A row that is zero gives exactly zero of any image, and any other does so with probability 0.
         probe = torch.randn(1, *operator.image_shape, generator=make_generator(seed, "probe"), dtype=y.dtype)
         counts = self.operator(probe.to(y.device)) != 0
-        held_out = stop.held_out(lines_of(operator, counts), make_generator(seed, "held-out lines"))
-        self.seen, self.held_out = counts & ~held_out, counts & held_out
+        self.seen, self.held_out = stop.split(operator, counts, make_generator(seed, "held-out lines"))
         self.y = torch.where(counts, y, 0.0)
-        weights = self.seen.to(y)
-        self.fitted_operator = WhitenedOperator(self.operator, weights)
+        self.fitted_operator, self.fitted_y = restrict_to(self.operator, self.y, self.seen)
         self.fitted_operator.noise_std = std
-        self.fitted_y = weights * self.y
         self.baseline = self.fitted_operator.baseline(self.fitted_y)
         magnitude = self.baseline.norm(dim=1).flatten()
         scale = float(magnitude.kthvalue(max(1, round(0.99 * magnitude.numel()))).values)
@@ -77,53 +74,6 @@ class CaseData:
             difference: `x - z`.
         """
         return self._gain * difference.square().sum() / self._unit
-
-
-def lines_of(operator: LinearOperator, counts: Tensor) -> Tensor:
-    """Numbers the lines of a measurement from 0: what is held out together.
-
-    A line is a view of a sinogram (an entry of axis -2), a column of Cartesian k-space sampled in whole columns, else
-    a point of it, or a readout of another trajectory; in k-space of all coils at once. The fully sampled centre of
-    Cartesian k-space, the largest square (or run of columns) around it, is in no line if there is anything else: its
-    few samples hold most of the image, which a fit without one of them could not know.
-
-    Args:
-        operator: The physics `A`.
-        counts: Rows that count, `(1, *measurement_shape)` of bool.
-
-    Returns:
-        The line of every row, broadcastable to `counts`; -1 for rows of none.
-    """
-    if isinstance(operator, MRI):
-        sampled = counts.any(-1).any(1)[0]  # (H, W), or (readouts, samples)
-        if not isinstance(operator, CartesianMRI):
-            return _number(sampled.any(-1))[:, None, None]
-        if torch.equal(sampled, sampled.any(0).expand_as(sampled)):
-            return _number(_without_centre(sampled.any(0)))[:, None]
-        return _number(_without_centre(sampled))[..., None]
-    lines = counts.movedim(-2, 0).flatten(1).any(1) if counts.ndim > 2 else counts[0]
-    return _number(lines)[:, None] if counts.ndim > 2 else _number(lines)
-
-
-def _number(lines: Tensor) -> Tensor:
-    """Numbers the true entries from 0; the others are -1."""
-    numbers = torch.full(lines.shape, -1, device=lines.device)
-    numbers[lines] = torch.arange(int(lines.sum()), device=lines.device)
-    return numbers
-
-
-def _without_centre(sampled: Tensor) -> Tensor:
-    """Returns `sampled` without its largest centred square (run, in one dimension) that is sampled throughout."""
-    block: tuple[slice, ...] = ()
-    for side in range(1, min(sampled.shape) + 1):
-        larger = tuple(slice(n // 2 - side // 2, n // 2 - side // 2 + side) for n in sampled.shape)
-        if not sampled[larger].all():
-            break
-        block = larger
-    rest = sampled.clone()
-    if block:
-        rest[block] = False
-    return rest if rest.any() else sampled
 
 
 def check_image(x: Tensor, operator: LinearOperator, what: str) -> Tensor:

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from invrecon.errors import InputError
+from invrecon.methods.stopping import Stopper, check_held_out, discrepancy, mean_square, split
 
 if TYPE_CHECKING:
     from invrecon.methods.dip.measurement import CaseData
+    from invrecon.operators.base import LinearOperator
 
 
-class Monitor(ABC):
-    """Watches one fit, and keeps the iterate that its rule prefers.
+class Monitor:
+    """Watches one fit, and keeps the iterate that its rule prefers: the last, unless a rule knows better.
 
     Attributes:
         image: The preferred iterate so far, `(1, C, H, W)`.
@@ -29,7 +31,6 @@ class Monitor(ABC):
         self.iteration = 0
         self.value = float("nan")
 
-    @abstractmethod
     def __call__(self, iteration: int, x: Tensor, residual: Tensor) -> bool:
         """Takes in an iterate and returns whether to stop.
 
@@ -38,19 +39,16 @@ class Monitor(ABC):
             x: The image, `(1, C, H, W)`.
             residual: `A x - y` over all rows that count, held-out ones too.
         """
-
-    def keep(self, iteration: int, x: Tensor) -> None:
-        """Makes this iterate the preferred one."""
         self.image, self.iteration = x, iteration
+        return False
 
 
-class LeastValue(Monitor):
+class LeastValue(Monitor, ABC):
     """Prefers the iterate of the least value, and stops `patience` iterations after it."""
 
     def __init__(self, patience: int) -> None:
         super().__init__()
-        self.patience = patience
-        self.least = float("inf")
+        self.stopper = Stopper(patience)
 
     @abstractmethod
     def measure(self, x: Tensor, residual: Tensor) -> float | None:
@@ -59,27 +57,26 @@ class LeastValue(Monitor):
     def __call__(self, iteration: int, x: Tensor, residual: Tensor) -> bool:
         """Takes in an iterate; see `Monitor.__call__`."""
         value = self.measure(x, residual)
-        if value is None:
-            self.keep(iteration, x)
-            return False
-        self.value = value
-        if value < self.least:
-            self.least = value
-            self.keep(iteration, x)
-        return iteration - self.iteration >= self.patience
+        if value is not None:
+            self.value = value
+            self.stopper.update(value)
+        if not self.stopper.waited:
+            super().__call__(iteration, x, residual)
+        return self.stopper.waited >= self.stopper.patience
 
 
 class StoppingRule(ABC):
     """Says when a fit has explained the image and not yet the noise, from the measurement alone."""
 
-    def held_out(self, lines: Tensor, generator: torch.Generator) -> Tensor:
-        """Returns which rows the fit must not see, of bool, shape of `lines`; by default none.
+    def split(self, operator: LinearOperator, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Returns the rows that the fit sees and those held out of it; by default none.
 
         Args:
-            lines: The line of every row, -1 for those that cannot be held out.
-            generator: Draws them.
+            operator: The physics of one case.
+            rows: Those that count, `(1, *measurement_shape)` of bool.
+            generator: Draws what is held out.
         """
-        return torch.zeros_like(lines, dtype=torch.bool)
+        return rows, torch.zeros_like(rows)
 
     @abstractmethod
     def monitor(self, data: CaseData) -> Monitor:
@@ -95,13 +92,7 @@ class AllIterations(StoppingRule):
 
     def monitor(self, data: CaseData) -> Monitor:
         """Returns what keeps the last iterate."""
-        return _LastMonitor()
-
-
-class _LastMonitor(Monitor):
-    def __call__(self, iteration: int, x: Tensor, residual: Tensor) -> bool:
-        self.keep(iteration, x)
-        return False
+        return Monitor()
 
 
 class DiscrepancyStop(StoppingRule):
@@ -109,10 +100,7 @@ class DiscrepancyStop(StoppingRule):
 
     $$ \|A x - y\|^2 \le \tau\, m\, \sigma_y^2 $$
 
-    over the `m` rows that count, weighted by their noise. Data without noise are refused.
-
-    Source: Morozov, "On the solution of functional equations by the method of regularization", Soviet Math. Dokl. 7
-    (1966).
+    over the `m` rows that the fit sees (`discrepancy`). Data without noise are refused.
 
     Args:
         factor: `tau`; above 1 stops earlier.
@@ -139,12 +127,11 @@ class DiscrepancyStop(StoppingRule):
 class _DiscrepancyMonitor(Monitor):
     def __init__(self, factor: float, std: float, seen: Tensor) -> None:
         super().__init__()
-        self.factor, self.seen = factor, seen
-        self.expected = std**2 * int(seen.sum())
+        self.factor, self.std, self.seen = factor, std, seen
 
     def __call__(self, iteration: int, x: Tensor, residual: Tensor) -> bool:
-        self.value = float(torch.where(self.seen, residual, 0.0).square().sum()) / self.expected
-        self.keep(iteration, x)
+        self.value = float(discrepancy(residual, self.seen, self.std))
+        super().__call__(iteration, x, residual)
         return self.value <= self.factor
 
 
@@ -166,24 +153,14 @@ class HeldOutStop(StoppingRule):
     """
 
     def __init__(self, fraction: float = 0.1, patience: int = 500) -> None:
-        if not 0 < fraction <= 0.5 or patience < 1:
-            raise InputError(f"HeldOutStop needs 0 < fraction <= 0.5 and patience >= 1, got {fraction} and {patience}.")
+        check_held_out(self, fraction, patience)
         self.fraction, self.patience = float(fraction), patience
 
-    def held_out(self, lines: Tensor, generator: torch.Generator) -> Tensor:
-        """Returns the rows of a few lines, drawn at random; see `StoppingRule.held_out`.
-
-        Raises:
-            InputError: Fewer than two lines.
-        """
-        num_lines = int(lines.max()) + 1
-        if num_lines < 2:
-            raise InputError(
-                f"HeldOutStop parts the measurement into lines (views, lines of k-space) and needs at least two, got "
-                f"{num_lines}: stop by DiscrepancyStop or WindowedVarianceStop."
-            )
-        drawn = torch.randperm(num_lines, generator=generator)[: max(1, round(self.fraction * num_lines))]
-        return torch.isin(lines, drawn.to(lines.device))
+    def split(self, operator: LinearOperator, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Holds out the rows of a few lines, drawn at random; see `StoppingRule.split`."""
+        return split(
+            operator, rows, lambda n: torch.randperm(n, generator=generator)[: max(1, round(self.fraction * n))]
+        )
 
     def monitor(self, data: CaseData) -> Monitor:
         """Returns what keeps the least held-out loss."""
@@ -198,7 +175,7 @@ class _HeldOutMonitor(LeastValue):
         self.held_out = held_out
 
     def measure(self, x: Tensor, residual: Tensor) -> float:
-        return float(residual[self.held_out].square().mean())
+        return float(mean_square(residual, self.held_out))
 
 
 class WindowedVarianceStop(StoppingRule):
