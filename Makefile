@@ -3,7 +3,7 @@
 #   make TORCH=torch==2.12.1 setup         another torch (only for a .venv without one)
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup test demo lint format bench claims data clean distclean
+.PHONY: help setup test demo demo-mri lint format bench claims data clean distclean
 
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
@@ -17,7 +17,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; 
 	&& { command -v $$p; break; }; done)
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 
 setup: $(VENV)/.stamp-test-$(HASH)  ## create .venv and install the package with all that it needs
 	@:
@@ -37,6 +37,9 @@ test: setup  ## run the test suite (two processes; ARGS="-k word" selects)
 
 demo: setup  ## reconstruct a real chest CT slice from 20 and 60 views: outputs/demo/report.html
 	$(PY) -m invrecon.demo $(ARGS)
+
+demo-mri: setup  ## reconstruct brain slices from a 4th and an 8th of simulated k-space: outputs/demo-mri/report.html
+	$(PY) -m invrecon.demo_mri $(ARGS)
 
 lint: setup $(VENV)/.stamp-dev-$(HASH)  ## ruff (rules, docstrings, format) and mypy
 	$(PY) -m ruff check .

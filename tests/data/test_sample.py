@@ -1,14 +1,19 @@
 """The data that ship: small, real, in the documented layouts, and made by the script that says so."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import h5py
+import nibabel
+import numpy as np
+import pytest
 import torch
 
 from invrecon.data.measurement import is_measurement, open_measurement
+from invrecon.data.mri import MRIData
 from invrecon.data.reconstruction import ReconstructionData
 from invrecon.data.volumes import open_volume, read_volume
 
@@ -20,6 +25,7 @@ def test_the_folder_is_small_and_licensed(root: Path):
     assert sum(path.stat().st_size for path in files) < 4e6
     text = (root / "data" / "README.md").read_text()
     assert "pyradiomics" in text and "Copyright 2017 Harvard Medical School" in text
+    assert "nilearn" in text and "Copyright (C) 1993-2004 Louis Collins, McConnell Brain Imaging Centre" in text
     assert all(path.name in text for path in files if path.suffix == ".h5")
 
 
@@ -56,6 +62,34 @@ def test_the_script_that_made_them_runs(root: Path, write_h5, tmp_path: Path):
     assert done.returncode == 0, done.stderr
     assert open_volume(tmp_path / "out" / "lung2_sample.h5").shape == (10, 256, 256)
     assert open_measurement(tmp_path / "out" / "lung2_measurement.h5").shape == (3, 20, 512)
+
+
+def test_the_brain_is_a_mirrored_average_in_empty_space(root: Path):
+    values, volume = read_volume(root / "data" / "mni152_sample.h5", units="a.u.")
+    assert volume.shape == (8, 256, 256) and volume.voxel_mm == (1.0, 1.0, 1.0) and volume.patient == "MNI152"
+    assert torch.equal(values[:, :, 1:], values[:, :, 1:].flip(2))  # of the symmetric template, about column 128
+    for image in values:
+        assert image.min() == 0 and 0.05 < (image > 0).float().mean() < 0.4
+        assert image[:, :32].max() == image[:8].max() == 0
+
+
+def test_the_brain_is_cases_of_mri(root: Path):
+    values, _ = read_volume(root / "data" / "mni152_sample.h5", units="a.u.")
+    (batch,) = MRIData("mni152_sample.h5", num_coils=2, batch_size=8).test_dataloader()
+    assert batch.patient == ["MNI152"] * 8 and batch.maps.shape == (8, 2, 256, 256, 2)
+    for x, scale, image in zip(batch.reference, batch.scale, values, strict=True):
+        assert torch.allclose(scale * x.norm(dim=0), image, atol=1e-3)
+
+
+def test_the_script_that_made_the_brain_runs(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    x = np.random.default_rng(0).integers(0, 255, (9, 12, 140)).astype(np.uint8)
+    nibabel.save(nibabel.Nifti1Image(x, np.eye(4)), tmp_path / "template.nii.gz")
+    script = str(root / "scripts" / "make_mri_sample.py")
+    monkeypatch.setattr(sys, "argv", [script, str(tmp_path / "template.nii.gz"), str(tmp_path)])
+    runpy.run_path(script, run_name="__main__")
+    values, volume = read_volume(tmp_path / "mni152_sample.h5", units="a.u.")
+    assert volume.shape == (8, 256, 256) and volume.voxel_mm == (1.0, 1.0, 1.0)
+    assert sorted(values[0][values[0] > 0].tolist()) == sorted(x[:, :, 32][x[:, :, 32] > 0].astype(float).tolist())
 
 
 def test_both_are_cases(root: Path):
