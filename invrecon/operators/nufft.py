@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 WIDTH = 7
 """Width of the interpolation kernel, in samples of the twice finer frequency grid."""
 
+_MAX_PLANES = 4
+"""Images that are interpolated at once: 8 real columns of one sparse product."""
+
 _norms: dict[tuple[Any, ...], dict[str, float]] = {}
 """Norms by trajectory, so that binding case after case costs one power iteration."""
 
@@ -116,16 +119,29 @@ class NonCartesianMRI(MRI):
         return MRI.bind(own, case)
 
     def _encode(self, z: Tensor) -> Tensor:
-        fine = torch.fft.fft2(nnf.pad(z * self._deconvolution, self._margins()))
-        y = self._matrix()(_planes(fine.flatten(-2)))
-        return torch.complex(*y.unbind(-2)).unflatten(-1, self._trajectory.shape[:2])
+        return _Transform.apply(z, self, False).unflatten(-1, self._trajectory.shape[:2])
 
     def _decode(self, y: Tensor) -> Tensor:
+        return _Transform.apply(y.flatten(-2), self, True)
+
+    def _to_samples(self, z: Tensor) -> Tensor:
+        """Returns the samples `(k, shots * readout)` of complex images `(k, H, W)`."""
+        left, right, top, bottom = self._margins()
+        rows = torch.fft.fft(nnf.pad(z * self._deconvolution, (left, right)), dim=-1)  # before those that are zero
+        fine = torch.fft.fft(nnf.pad(rows, (0, 0, top, bottom)), dim=-2)  # leaves columns in one piece
+        columns = torch.view_as_real(fine.mT.flatten(1).t().contiguous()).flatten(1)
+        samples = self._matrix().csr(transpose=False) @ columns
+        return torch.view_as_complex(samples.unflatten(1, (-1, 2))).t()
+
+    def _from_samples(self, y: Tensor) -> Tensor:
+        """Returns the transpose of `_to_samples`."""
         height, width = self.image_shape[1:]
-        fine = self._matrix().adjoint(_planes(y.flatten(-2)))
-        z = torch.fft.ifft2(torch.complex(*fine.unbind(-2)).unflatten(-1, (2 * height, 2 * width)), norm="forward")
         left, _, top, _ = self._margins()
-        return z[..., top : top + height, left : left + width] * self._deconvolution
+        fine = self._matrix().csr(transpose=True) @ torch.view_as_real(y.t().contiguous()).flatten(1)
+        columns = torch.view_as_complex(fine.unflatten(1, (-1, 2))).t().unflatten(-1, (2 * width, 2 * height))
+        columns = torch.fft.ifft(columns, norm="forward")[..., top : top + height]
+        z = torch.fft.ifft(columns, dim=-2, norm="forward")[:, left : left + width]
+        return z.mT * self._deconvolution
 
     def _margins(self) -> tuple[int, int, int, int]:
         """Zeros left, right, above and below: the image's centre goes to the centre of the twice larger grid."""
@@ -155,6 +171,41 @@ class NonCartesianMRI(MRI):
 
 
 N = TypeVar("N", bound=NonCartesianMRI)
+
+
+class _Transform(torch.autograd.Function):
+    """`E z` of complex `(..., H, W)`, or `E^H y`; the derivative is the other, to any order and in both modes.
+
+    Few images at a time, so that their grids stay in the cache; a CPU takes them one by one where that spares the copy
+    which interleaves them. A result does not depend on what shares its batch.
+    """
+
+    @staticmethod
+    def forward(z: Tensor, operator: NonCartesianMRI, adjoint: bool) -> Tensor:
+        num_axes = 1 if adjoint else 2
+        planes = z.resolve_conj().to(operator._matrix().values.dtype.to_complex()).flatten(0, -1 - num_axes)
+        function = operator._from_samples if adjoint else operator._to_samples
+        num = 1 if z.device.type == "cpu" and not adjoint else _MAX_PLANES
+        with torch.autocast(z.device.type, enabled=False):  # it would round the matrix to half precision
+            parts = [function(part) for part in planes.split(num)]
+        return torch.cat(parts).unflatten(0, z.shape[:-num_axes])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, NonCartesianMRI, bool], output: Tensor) -> None:
+        z, ctx.operator, ctx.adjoint = inputs
+        ctx.dtype = z.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _Transform.apply(grad, ctx.operator, not ctx.adjoint).to(ctx.dtype), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _Transform.apply(tangent, ctx.operator, ctx.adjoint)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, z: Tensor, operator: NonCartesianMRI, adjoint: bool) -> tuple[Tensor, int]:
+        return _Transform.apply(z.movedim(in_dims[0], 0), operator, adjoint), 0
 
 
 class RadialMRI(NonCartesianMRI):
@@ -235,8 +286,8 @@ def spiral_trajectory(num_interleaves: int, num_readout: int, turns: float) -> T
 def interpolation_matrix(trajectory: Tensor, size: tuple[int, ...], width: int = WIDTH) -> SparseMatrix:
     """Returns `G`, `(samples, 4HW)`, float64: the Kaiser-Bessel kernel on the grid of a twice zero-padded FFT.
 
-    Columns are in the FFT's own order. The sign `(-1)^(row + column)` shifts the image's centre from the middle of the
-    padded grid to its origin, so no array is ever shifted.
+    Its columns are the grid's points, column by column, in the FFT's own order. The sign `(-1)^(row + column)` shifts
+    the image's centre from the middle of the padded grid to its origin, so no array is ever shifted.
 
     Args:
         trajectory: `(..., 2)` [cycles/pixel].
@@ -255,8 +306,8 @@ def interpolation_matrix(trajectory: Tensor, size: tuple[int, ...], width: int =
     near = first[..., None] + torch.arange(width)  # (samples, 2, width)
     values = _kernel(position[..., None] - near, width) * (1 - 2 * near.remainder(2))
     index = near.remainder(grid[:, None]).long()
-    columns = index[:, 0, :, None] * int(grid[1]) + index[:, 1, None, :]
-    entries = values[:, 0, :, None] * values[:, 1, None, :]
+    columns = index[:, 1, :, None] * int(grid[0]) + index[:, 0, None, :]
+    entries = values[:, 1, :, None] * values[:, 0, None, :]
     crow = torch.arange(len(k) + 1) * width**2
     return SparseMatrix(crow.int(), columns.flatten().int(), entries.flatten(), int(grid.prod()))
 
@@ -285,11 +336,6 @@ def _apodisation(num: int) -> Tensor:
     """Returns `1 / (sqrt(num) transform)` at the pixels of one axis, float64 `(num,)`."""
     offset = torch.arange(num, dtype=torch.float64) - num // 2
     return 1 / (_kernel_transform(offset / (2 * num)) * math.sqrt(num))
-
-
-def _planes(z: Tensor) -> Tensor:
-    """Returns real and imaginary parts `(..., 2, n)` of complex `(..., n)`."""
-    return torch.stack((z.real, z.imag), -2)
 
 
 def _check_trajectory(trajectory: Tensor) -> Tensor:

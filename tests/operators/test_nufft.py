@@ -89,6 +89,16 @@ def test_the_nufft_is_the_direct_transform(height, width, double):
             assert error(operator, point) < 1e-5
 
 
+def test_derivatives_forward_and_over_a_batch():
+    operator = RadialMRI((7, 5), 6, maps=maps(2, 7, 5)).double()
+    x, y = images(operator), torch.randn(3, *operator.measurement_shape, dtype=torch.float64)
+    for function, at, direction in ((operator, x, images(operator, seed=4)), (operator.adjoint, y, y.flip(0))):
+        value, slope = torch.func.jvp(function, (at,), (direction,))
+        assert relative_error(value, function(at)) < 1e-14 and relative_error(slope, function(direction)) < 1e-14
+        mapped = torch.func.vmap(lambda z, function=function: function(z[None])[0])(at)
+        assert relative_error(mapped, function(at)) < 1e-14
+
+
 def test_samples_on_the_grid_are_cartesian():
     for height, width in ((6, 8), (7, 5)):
         rows, columns = ((torch.arange(n, dtype=torch.float64) - n // 2) / n for n in (height, width))
