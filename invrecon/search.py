@@ -139,6 +139,7 @@ SPACES: dict[str, Space] = {
     "TotalVariation": {"weight": LogUniform(1e-7, 1e-2), "noise_weight": LogUniform(3e-3, 1.0)},
     "ADMMTV": {"weight": LogUniform(1e-7, 1e-2), "noise_weight": LogUniform(3e-3, 1.0)},
     "WaveletL1": {"weight": LogUniform(1e-7, 1e-2), "noise_weight": LogUniform(3e-3, 1.0)},
+    "CGSENSE": {"lam": LogUniform(1e-5, 1.0)},
     "SIRT": {"num_iterations": Integers(5, 1000, LogUniform), "discrepancy": Uniform(0.0, 1.5)},
     "PnPADMM": {"sigma": LogUniform(3e-3, 0.3), "max_weight": _CAP},
     "RED": {"sigma": LogUniform(3e-3, 0.3), "max_weight": _CAP},

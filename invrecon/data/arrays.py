@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from invrecon.data.hdf5 import HDF5_SUFFIXES, brief, open_hdf5, read_voxel_mm, text_of
-from invrecon.data.kspace import KSpace
+from invrecon.data.kspace import KSpace, read_noise_std
 from invrecon.data.volume import suffix_of
 from invrecon.errors import InputError
 
@@ -15,7 +15,8 @@ from invrecon.errors import InputError
 class ArrayFile(KSpace):
     """A complex array `(slices, coils, rows, columns)`, or of one slice `(coils, rows, columns)`.
 
-    HDF5 (a dataset), npy, or BART's cfl with its hdr, whose third dimension must have one entry.
+    HDF5 (a dataset; attributes `voxel_mm`, `patient` and `noise_std`), npy, or BART's cfl with its hdr, whose third
+    dimension must have one entry.
 
     Args:
         path: The file.
@@ -23,11 +24,12 @@ class ArrayFile(KSpace):
     """
 
     def __init__(self, path: Path, dataset: str = "kspace") -> None:
-        self.path, self.dataset = path, dataset
+        self.path, self.dataset, attrs = path, dataset, {}
         if suffix_of(path) in HDF5_SUFFIXES:
             with open_hdf5(path) as file:
                 shape, dtype = file[dataset].shape, file[dataset].dtype
-                self.voxel_mm = read_voxel_mm(path, {**file.attrs, **file[dataset].attrs})
+                attrs = {**file.attrs, **file[dataset].attrs}
+                self.voxel_mm = read_voxel_mm(path, attrs)
                 patient = text_of(file.attrs.get("patient", ""))
         else:
             array = self._open()
@@ -39,6 +41,7 @@ class ArrayFile(KSpace):
             )
         self._stacked = len(shape) == 4
         self._finish(tuple(shape) if self._stacked else (1, *shape), patient)
+        self.noise_std = read_noise_std(path, attrs, self.shape[1])
 
     def _open(self) -> np.ndarray:
         """Returns the array of an npy or cfl file, in the order of the axes of `ArrayFile`, not yet read."""

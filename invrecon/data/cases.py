@@ -28,8 +28,8 @@ class Case:
             the reconstruction), complex `(2, H, W)`, or None where nobody knows it.
         measurement: Sinogram `(1, views, bins)` or k-space `(coils, H, W, 2)`; None if it is to be simulated from the
             reference.
-        noise_std: Standard deviation of the measurement's noise, a scalar or `(1, views, bins)`; None is
-            noise-free or simulated.
+        noise_std: Standard deviation of the measurement's noise, a scalar, `(1, views, bins)` or `(coils, 1, 1, 1)`;
+            None is noise-free or simulated.
         geometry: How the measurement was taken (`invrecon.data.measurement`); None if simulated.
         voxel_mm: Voxel size `(z, y, x)` of the reference or, for a measurement, of the image asked for [mm].
         maps: Coil sensitivities of MRI `(coils, H, W, 2)`, or None for one coil of sensitivity 1.
@@ -62,7 +62,7 @@ class CaseBatch:
         index: As in `Case`, a list.
         reference: `(B, C, H, W)` or None.
         measurement: `(B, 1, views, bins)`, `(B, coils, H, W, 2)` or None.
-        noise_std: `(B,)` or `(B, 1, views, bins)` or None.
+        noise_std: `(B,)`, `(B, 1, views, bins)`, `(B, coils, 1, 1, 1)` or None.
         geometry: Of the file, shared by all.
         voxel_mm: As in `Case`, a list.
         maps: `(B, coils, H, W, 2)` or None.

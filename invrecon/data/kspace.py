@@ -39,6 +39,7 @@ class KSpace(ABC):
         matrix: Size of the image that is asked for, cut from the middle of what k-space gives; None is all of it.
         states_mask: Whether the file says what was measured: it then was undersampled by the scanner.
         voxel_mm: Voxel size `(z, y, x)` [mm], or None.
+        noise_std: Standard deviation of real and imaginary parts that the file states, `()` or `(coils,)`, or None.
         patient: The patient's identity; the file's stem if it does not say.
     """
 
@@ -47,6 +48,7 @@ class KSpace(ABC):
     matrix: Matrix | None = None
     states_mask: bool = False
     voxel_mm: VoxelSize | None = None
+    noise_std: Tensor | None = None
     patient: str
 
     def __len__(self) -> int:
@@ -134,6 +136,7 @@ class FastMRIFile(KSpace):
                     f"expected ({shape[3]},), an entry a column."
                 )
             header = file["ismrmrd_header"][()]
+            self.noise_std = read_noise_std(path, {**file.attrs, **stored.attrs}, shape[1])
         self._finish(shape)
         try:
             self.metadata, _ = fastmri_slices(path)._retrieve_metadata(path)
@@ -293,6 +296,49 @@ def calibration_scale(kspace: Tensor, mask: Tensor, max_acs: int = 24) -> float:
     block = central_block((mask.shape[0], mask.shape[1]), acs) & (mask != 0)
     images = ifft2c(pairs_to_complex(kspace) * block.to(kspace.device))
     return float(images.abs().square().sum(0).sqrt().flatten().quantile(0.99))
+
+
+def read_noise_std(path: Path, attrs: dict[str, Any], num_coils: int) -> Tensor | None:
+    """Reads the attribute `noise_std`, one number or one a coil, in units of k-space; None if there is none.
+
+    Raises:
+        InputError: It is of another shape, or not positive.
+    """
+    if "noise_std" not in attrs:
+        return None
+    values = np.asarray(attrs["noise_std"])
+    right = values.shape in ((), (num_coils,)) and values.dtype.kind in "fiu"
+    if not right or not (np.isfinite(values) & (values > 0)).all():
+        raise InputError(
+            f"The attribute 'noise_std' of {path} is {values}, expected a positive standard deviation of real and "
+            f"imaginary parts, one number or one for each of {num_coils} coils; leave it out if it is not known."
+        )
+    return torch.from_numpy(values.astype(np.float32))
+
+
+def estimate_noise(kspace: Tensor, mask: Tensor) -> Tensor:
+    r"""Returns the noise's standard deviation of real and imaginary parts, `(coils,)`, from the highest frequencies.
+
+        sigma_c = median(|Re y_c|, |Im y_c|) / 0.6745
+
+    over the 5 % of the measured samples that are farthest from the centre, at least 300; what is zero was not measured.
+    There the object has hardly any signal, and the median does not see the few samples where it has. On coarse grids
+    some is left, so this is an upper bound; k-space that was filtered after the scan has less noise there than
+    elsewhere. A coil without signal counts as the noisiest of the others.
+
+    Source: Donoho & Johnstone, "Ideal spatial adaptation by wavelet shrinkage", Biometrika 81 (1994), for the median.
+
+    Args:
+        kspace: `(coils, H, W, 2)`.
+        mask: What was measured, `(H, W)`.
+    """
+    rows, columns = ((torch.arange(n) - n // 2) / n for n in mask.shape)
+    distance = torch.hypot(rows[:, None], columns)
+    measured = (mask != 0) & (kspace != 0).any(-1).any(0)
+    num = min(max(300, round(0.05 * int(measured.sum()))), int(measured.sum()))
+    far = measured & (distance >= distance[measured].topk(num).values[-1])
+    std = kspace[:, far].abs().flatten(1).median(dim=1).values / 0.6745
+    return torch.where(std > 0, std, std.amax())
 
 
 def write_fastmri(

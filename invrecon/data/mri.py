@@ -16,6 +16,7 @@ from invrecon.data.kspace import (
     RAW_SUFFIX,
     KSpace,
     calibration_scale,
+    estimate_noise,
     image_kspace,
     is_block,
     is_kspace,
@@ -44,7 +45,8 @@ class MRIData(ReconstructionData):
     function of (seed, case).
 
     Images are divided by the 99th percentile of the image of the calibration region, each case by its own: nothing that
-    the scanner does not tell is used. Results are written in the file's own units.
+    the scanner does not tell is used. Results are written in the file's own units. The noise of measured k-space is
+    what the file states (attribute `noise_std`), or is estimated from the highest frequencies, coil by coil.
 
     Args:
         paths: fastMRI, ISMRMRD, npy or cfl files of k-space, HDF5 files of complex or magnitude images, NIfTI or NRRD
@@ -59,6 +61,7 @@ class MRIData(ReconstructionData):
         batch_size: Cases reconstructed at once.
         num_workers: Processes that read ahead and estimate maps.
         dataset: HDF5 key of volumes and of complex arrays that are not called `kspace`.
+        estimate_noise: Whether to estimate the noise of files that do not state it; they count as noise-free if not.
     """
 
     def __init__(
@@ -73,10 +76,12 @@ class MRIData(ReconstructionData):
         batch_size: int = 1,
         num_workers: int = 0,
         dataset: str = "data",
+        estimate_noise: bool = True,
     ) -> None:
         super().__init__(paths, slices, size, batch_size, num_workers, dataset)
         if num_coils < 1:
             raise InputError(f"data.num_coils is {num_coils}, expected at least 1.")
+        self.estimate_noise = estimate_noise
         self.sampling, self.maps, self.num_coils, self.seed = sampling, maps or ESPIRiT(kernel_size=4), num_coils, seed
         self.intensity = MAGNITUDE
         self._first: Case | None = None  # the first of the first file, which is often the only one
@@ -128,6 +133,11 @@ class MRIData(ReconstructionData):
         y = full * mask[..., None]
         maps = self.maps(y, mask) if file.shape[1] > 1 else None
         scale = calibration_scale(y, mask)
+        std = file.noise_std
+        if std is None and self.estimate_noise:
+            std = estimate_noise(y, mask)
+        if std is not None:
+            std = std.squeeze() / scale if std.numel() == 1 else std.reshape(-1, 1, 1, 1) / scale
         reference = None
         if complete:
             reference = CartesianMRI((mask.shape[0], mask.shape[1]), maps=maps).adjoint(full[None])[0] / scale
@@ -138,6 +148,7 @@ class MRIData(ReconstructionData):
             index=index,
             reference=reference,
             measurement=y / scale,
+            noise_std=std,
             geometry=None if file.matrix is None else {"type": "cartesian", "matrix": file.matrix},
             voxel_mm=file.voxel_mm,
             maps=maps,

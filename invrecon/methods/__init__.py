@@ -5,6 +5,7 @@ A file here is known by the names of its classes, listed below (for type checker
 
 from invrecon.discovery import export_classes
 from invrecon.methods.base import Estimate, Method
+from invrecon.methods.cgsense import CGSENSE
 from invrecon.methods.classical import ADMMTV, FBP, SIRT, TotalVariation
 from invrecon.methods.conditioning import (
     Conditioning,
@@ -81,6 +82,7 @@ from invrecon.methods.wavelet import WaveletL1
 
 __all__ = [
     "ADMMTV",
+    "CGSENSE",
     "DAPS",
     "DDIM",
     "DDNM",

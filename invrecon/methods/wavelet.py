@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -171,6 +171,10 @@ class WaveletL1(Method):
     nothing. A sample's momentum starts anew when it points uphill, and a sample stops when a step moves it by less than
     `tol` of its norm. The range is applied at the end.
 
+    Sides that cannot be halved `J = num_scales` times are extended, right and below, to the next multiple of `2^J`. The
+    unknown is then the extended image `u`, `x = C u` what is cut from it, and `A C` stands for `A`: the penalty of `x`
+    is that of its cheapest extension, `min_{u: C u = x} ||details of Psi u||_1`, and every step is as exact as before.
+
     Source: Beck & Teboulle, "A fast iterative shrinkage-thresholding algorithm for linear inverse problems", SIAM J.
     Imaging Sci. 2 (2009), Eq. 4.1 to 4.3; O'Donoghue & Candes, "Adaptive restart for accelerated gradient schemes",
     Found. Comput. Math. 15 (2015), section 3.2; Coifman & Donoho, "Translation-invariant de-noising" (1995),
@@ -180,7 +184,7 @@ class WaveletL1(Method):
         weight: Weight without noise, in the units above.
         noise_weight: Weight per unit of noise in the image, `sigma_y / ||A||`.
         num_iterations: Most iterations.
-        num_scales: How often the sides of the image, which must be divisible by `2**num_scales`, are halved.
+        num_scales: How often the sides of the image are halved.
         num_moments: Vanishing moments of the wavelet, 1 (Haar) to 10.
         num_shifts: Cycle spinning: the transform is placed at as many diagonal shifts, pixel by pixel, and shrinkage
             averaged over them, which takes away the grid's artefacts. This is again the proximal map of a convex
@@ -228,18 +232,18 @@ class WaveletL1(Method):
         """Reconstructs a batch; see `Method.__call__`.
 
         Stats add `num_iterations` and `relative_step`, at which each sample stopped.
-
-        Raises:
-            InputError: The sides of the image cannot be halved as often as the transform does.
         """
         check_measurement(y, operator)
         check_complex_range(self, "clip", self.clip, operator)
         calls = Counter()
         weighted, data, std = count_calls(operator, calls).whiten(y)
         weight = penalty_weight(self.weight, self.noise_weight, std, y, weighted.norm())
-        wavelets = Wavelets(operator.image_shape[1:], self.num_scales, self.num_moments, y, operator.complex_images)
+        multiple = 2**self.num_scales
+        extended = [-(-n // multiple) * multiple for n in operator.image_shape[1:]]
+        wavelets = Wavelets(extended, self.num_scales, self.num_moments, y, operator.complex_images)
         end = self._solve(weighted, data, weight, wavelets)
-        mean = end.result if self.clip is None else end.result.clamp(*self.clip)
+        mean = end.result[cut(operator)]
+        mean = mean if self.clip is None else mean.clamp(*self.clip)
         return Estimate(
             mean=mean,
             stats={
@@ -252,11 +256,14 @@ class WaveletL1(Method):
 
     def _solve(self, operator: LinearOperator, y: Tensor, weight: Tensor, wavelets: Wavelets) -> PerSampleStop:
         scale = 1 / operator.norm() ** 2
-        x = y.new_zeros(y.shape[0], *operator.image_shape)
+        image = cut(operator)
+        x = y.new_zeros(y.shape[0], operator.image_shape[0], *wavelets.shape)
         z, t = x, y.new_ones(y.shape[0])
         end = PerSampleStop(x, self.tol)
         for iteration in range(1, self.num_iterations + 1):
-            x_new = self._shrink(z - scale * operator.adjoint(operator(z) - y), weight, wavelets)
+            step = z.clone()
+            step[image] -= scale * operator.adjoint(operator(z[image]) - y)
+            x_new = self._shrink(step, weight, wavelets)
             length = norm_per_sample(x_new).clamp(min=torch.finfo(x.dtype).tiny)
             if end(iteration, x_new, norm_per_sample(x_new - z) / length):
                 break
@@ -275,3 +282,8 @@ class WaveletL1(Method):
             shrunk = wavelets.shrink(x.roll((k,) * len(axes), axes), weight)
             total = total + shrunk.roll((-k,) * len(axes), axes)
         return total / self.num_shifts
+
+
+def cut(operator: LinearOperator) -> tuple[Any, ...]:
+    """Returns the index of the operator's images in images that go on to the right and below."""
+    return (..., *(slice(n) for n in operator.image_shape[1:]))

@@ -103,6 +103,11 @@ def model_card(card: Any, name: str) -> str:
         name: The file's stem.
     """
     training, lines = card.training, [f"# {name}", ""]
+    offset, scale, units = (card.intensity[key] for key in ("offset", "scale", "units"))
+    if card.network.get("image_channels") == 2:
+        intensity = "complex images, divided by the 99th percentile of the image of their calibration region"
+    else:
+        intensity = f"`x = clip((value - {offset:g}) / {scale:g}, 0, 1)`, value in {units}"
     what = f"patches of {card.patch_sizes} pixels" if card.kind == "patch" else "whole images"
     lines += [
         f"A denoiser `D(x, sigma)` of {card.image_size} x {card.image_size} images, learned from {what} by denoising",
@@ -111,8 +116,7 @@ def model_card(card: Any, name: str) -> str:
         "| | |",
         "|---|---|",
         f"| architecture | U-Net {card.network} ({training.get('num_parameters', '?'):,} parameters) |",
-        f"| intensity | `x = clip((value - {card.intensity['offset']:g}) / {card.intensity['scale']:g}, 0, 1)`,"
-        f" value in {card.intensity['units']} |",
+        f"| intensity | {intensity} |",
         f"| sigma_data | {card.sigma_data:.4f} |",
         f"| trained noise levels | {card.sigma_range[0]:g} to {card.sigma_range[1]:g} |",
         f"| data | {', '.join(card.data)} |",

@@ -67,6 +67,7 @@ MRI = (
     "patch_mri",
     "whole_mri",
     "zero_filled_mri",
+    "cgsense_mri",
     "tv_mri",
     "wavelet_mri",
     "udig_dip_mri",

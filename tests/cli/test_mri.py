@@ -31,6 +31,7 @@ ESTIMATED = ("--data.maps.kernel_size=4",)
 FAST = ("--model.method.num_levels=2", "--model.precision=32")
 CLASSICAL = {
     "zero_filled_mri": (),
+    "cgsense_mri": ("--model.method.num_iterations=10",),
     "tv_mri": ("--model.method.num_iterations=25",),
     "wavelet_mri": ("--model.method.num_iterations=10", "--model.method.num_scales=2"),
 }

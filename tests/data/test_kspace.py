@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -17,6 +18,7 @@ from invrecon.data.kspace import (
     calibration_scale,
     crop,
     crop_readout,
+    estimate_noise,
     fastmri_header,
     image_kspace,
     is_block,
@@ -24,8 +26,13 @@ from invrecon.data.kspace import (
     open_kspace,
     write_fastmri,
 )
+from invrecon.data.mri import random_phase
+from invrecon.data.phantoms import ellipse_phantom
 from invrecon.errors import InputError
+from invrecon.operators.coils import simulated_maps
 from invrecon.operators.fourier import complex_to_pairs, fft2c, ifft2c, pairs_to_complex
+from invrecon.operators.sampling import EquispacedLines, PolynomialSampling
+from invrecon.rng import make_generator
 
 N, COILS, H, W = 2, 3, 16, 14
 
@@ -309,3 +316,52 @@ def test_what_cannot_be_written_is_refused(
     with pytest.raises(InputError, match=message):
         write_fastmri(tmp_path / "a.h5", torch.zeros(shape), **arguments)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("sampled", ["all", "lines", "points"])
+def test_the_noise_of_every_coil_is_found(sampled: str) -> None:
+    size, levels = (160, 128), torch.tensor([1.0, 2.0, 3.5, 1.5])
+    generator = make_generator(0, "noise")
+    head = 0.3 + ellipse_phantom(160, generator)[0, :, 16:-16]
+    clean = image_kspace(random_phase(head, generator), simulated_maps(4, size, generator))
+    noisy = clean + 0.01 * levels[:, None, None, None] * torch.randn(clean.shape, generator=generator)
+    mask = torch.ones(size, dtype=torch.bool)
+    if sampled == "lines":
+        mask = EquispacedLines(4, 0.08)(size, generator)
+    elif sampled == "points":
+        mask = PolynomialSampling(3.0, 16)(size, generator)
+    estimate = estimate_noise(noisy * mask[..., None], mask)
+    ratio = estimate / (0.01 * levels)
+    assert ratio.min() > 0.9 and ratio.max() < (1.25 if sampled == "points" else 1.1)  # few points lie far out
+    assert torch.allclose(estimate_noise(1e-4 * noisy, mask), 1e-4 * estimate_noise(noisy, mask))
+
+
+def test_a_coil_without_signal_counts_as_the_noisiest() -> None:
+    kspace = torch.randn(3, 40, 40, 2, generator=torch.Generator().manual_seed(0))
+    kspace = kspace * torch.tensor([1.0, 0.0, 4.0])[:, None, None, None]
+    estimate = estimate_noise(kspace, torch.ones(40, 40))
+    assert estimate[1] == estimate[2] == pytest.approx(4, rel=0.1)
+
+
+def test_what_was_not_measured_says_nothing_of_the_noise() -> None:
+    kspace = torch.randn(2, 64, 64, 2, generator=torch.Generator().manual_seed(0))
+    grid = (torch.arange(64) - 32) / 32
+    kspace = kspace * (torch.hypot(grid[:, None], grid) < 1)[..., None]  # elliptical scanning: no corners
+    assert torch.allclose(estimate_noise(kspace, torch.ones(64, 64)), torch.ones(2), rtol=0.1)
+
+
+@pytest.mark.parametrize("stated", [2.0, [1.0, 2.0, 4.0]])
+def test_noise_that_a_file_states_is_read(stated: Any, tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "k.h5", "w") as file:
+        file["kspace"] = np.ones((2, 3, 8, 8), np.complex64)
+        file["kspace"].attrs["noise_std"] = stated
+    assert torch.equal(open_kspace(tmp_path / "k.h5").noise_std, torch.tensor(stated))
+
+
+@pytest.mark.parametrize("stated", [0.0, -1.0, [1.0, 2.0], "low", float("nan")])
+def test_noise_that_is_none_is_refused(stated: Any, tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "k.h5", "w") as file:
+        file["kspace"] = np.ones((2, 3, 8, 8), np.complex64)
+        file.attrs["noise_std"] = stated
+    with pytest.raises(InputError, match=r"'noise_std' of .*k\.h5 is .*3 coils"):
+        open_kspace(tmp_path / "k.h5")

@@ -91,7 +91,7 @@ def test_measured_kspace_is_undersampled_and_judged_by_all_of_it(folder: Path, t
 
 def test_one_coil_has_no_maps_and_its_image_is_exact(folder: Path, truth: tuple[Tensor, Tensor]) -> None:
     batch = cases(MRIData(str(folder / "one.h5"), slices="1", sampling=SAMPLING))[0]
-    assert batch.maps is None and batch.measurement.shape == (1, 1, SIZE, SIZE, 2)
+    assert batch.maps is None and batch.measurement.shape == (1, 1, SIZE, SIZE, 2) and batch.noise_std.shape == (1,)
     assert torch.allclose(batch.reference[0] * batch.scale[0], truth[0][1], atol=1e-3 * UNIT)
 
 
@@ -103,7 +103,7 @@ def test_the_scale_is_not_told_by_what_was_not_measured(folder: Path, tmp_path: 
     changed = np.where(batch.mask[0].numpy(), kspace, 100 * kspace)
     write_fastmri(tmp_path / "many.h5", torch.view_as_real(torch.from_numpy(changed)))
     other = cases(MRIData(str(tmp_path / "many.h5"), slices="0", sampling=SAMPLING))[0]
-    for name in ("measurement", "maps", "mask"):
+    for name in ("measurement", "noise_std", "maps", "mask"):
         assert torch.equal(getattr(batch, name), getattr(other, name))
     assert batch.scale == other.scale and not torch.equal(batch.reference, other.reference)
 
@@ -116,6 +116,29 @@ def test_a_scanner_s_own_mask_holds_and_leaves_no_reference(folder: Path) -> Non
     assert batch.reference is None and batch.geometry["matrix"] == (SIZE, SIZE - 8)
 
 
+def test_measured_noise_is_estimated_unless_the_file_states_it(truth: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    images, maps = truth
+    kspace = torch.stack([image_kspace(image, maps) for image in images[:2]])
+    level = 0.1 * UNIT  # the sharp edges of so coarse an image alone give 0.03
+    path = tmp_path / "many.h5"
+    write_fastmri(path, kspace + level * torch.randn(kspace.shape, generator=torch.Generator().manual_seed(1)))
+    batch = cases(MRIData(str(path), sampling=SAMPLING, batch_size=2))[0]
+    assert batch.noise_std.shape == (2, COILS, 1, 1, 1)
+    estimate = batch.noise_std[:, :, 0, 0, 0] * torch.tensor(batch.scale)[:, None]
+    assert torch.allclose(estimate, torch.tensor(level), rtol=0.15)
+    whitened, y, std = CartesianMRI(SIZE).bind(batch).whiten(batch.measurement)
+    assert torch.equal(std, batch.noise_std.amin((1, 2, 3, 4))) and y.shape == batch.measurement.shape
+    assert whitened.norm() == 1
+
+    assert cases(MRIData(str(path), sampling=SAMPLING, estimate_noise=False))[0].noise_std is None
+    with h5py.File(path, "r+") as file:
+        file.attrs["noise_std"] = 5e-3 * UNIT
+    for estimate_too in (True, False):
+        stated = cases(MRIData(str(path), sampling=SAMPLING, estimate_noise=estimate_too))[0]
+        assert stated.noise_std.shape == (1,)
+        assert float(stated.noise_std) * stated.scale[0] == pytest.approx(5e-3 * UNIT, rel=1e-5)
+
+
 def test_without_sampling_everything_is_measured(folder: Path) -> None:
     batch = cases(MRIData(str(folder / "many.h5"), slices="0"))[0]
     assert batch.mask.all() and batch.reference is not None
@@ -126,7 +149,7 @@ def test_a_case_is_the_same_alone_in_a_batch_and_in_any_order(folder: Path, volu
         settings = {"size": SIZE, "sampling": PolynomialSampling(3.0, 12), "num_coils": 2, "maps": ESPIRiT(4)}
         together = cases(MRIData(str(path), slices="0,1,2", batch_size=3, **settings))[0]
         alone = cases(MRIData(str(path), slices="2,1", **settings))[1]
-        for name in ("reference", "measurement", "maps", "mask"):
+        for name in ("reference", "measurement", "noise_std", "maps", "mask"):
             one, other = getattr(together, name), getattr(alone, name)
             assert (one is None and other is None) or torch.equal(one[1:2], other), name
         assert together.scale[1] == alone.scale[0]

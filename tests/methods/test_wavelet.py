@@ -167,10 +167,42 @@ def test_costs_are_counted():
     assert (stats["num_operator_calls"], stats["num_evaluations"], stats["num_iterations"]) == (14, 0, [7] * 3)
 
 
+@pytest.mark.parametrize("shape", [(9, 8), (7, 5), (12, 10)])
+def test_any_side_is_extended_at_the_least_cost(shape):
+    """`x` is cut from the optimum `u` of extended images whose operator sees nothing of what is beyond `x`."""
+    num, extended, w = shape[0] * shape[1], [-(-n // 4) * 4 for n in shape], 0.01
+    operator = DenseOperator(torch.randn(num // 2, num, dtype=torch.float64), (1, *shape))
+    y = torch.randn(2, 1, 1, num // 2, dtype=torch.float64)
+    matrix = torch.zeros(num // 2, *extended, dtype=torch.float64)
+    matrix[:, : shape[0], : shape[1]] = operator.matrix.unflatten(1, shape)
+    blind = DenseOperator(matrix.flatten(1), (1, *extended))
+    for num_shifts in (1, 3):
+        method = WaveletL1(w, num_scales=2, num_moments=2, num_shifts=num_shifts, num_iterations=100, tol=0, clip=None)
+        x, u = method(y, operator).mean, method(y, blind).mean
+        assert x.shape == (2, 1, *shape)
+        torch.testing.assert_close(x, u[..., : shape[0], : shape[1]], atol=1e-5, rtol=0)
+
+    u = WaveletL1(w, num_scales=2, num_moments=2, num_iterations=1000, tol=1e-12, clip=None)(y, blind).mean
+    wavelets = Wavelets(extended, 2, 2, F64)
+    c, g = wavelets(u), wavelets(blind.adjoint(y - blind(u))) / blind.norm() ** 2
+    support = c.abs() > 1e-5
+    support[..., : extended[0] // 4, : extended[1] // 4] = False
+    torch.testing.assert_close(g[support], w * c[support].sign(), atol=1e-5, rtol=0)
+    assert g.abs().max() <= w + 1e-5 and support.sum() > 10
+
+
+def test_an_extended_image_is_fitted_as_well():
+    """A flat image of odd sides costs nothing, whatever lies beyond."""
+    x = torch.full((1, 1, 9, 7), 0.6, dtype=torch.float64)
+    operator = Identity((9, 7))
+    estimate = WaveletL1(0.1, num_scales=3, num_iterations=1000, tol=0)(x, operator).mean
+    torch.testing.assert_close(estimate, x, atol=1e-3, rtol=0)
+
+
 def test_what_cannot_work_is_refused():
     for shape, pattern in (((9, 8), r"\(9, 8\) has an odd"), ((12, 8), r"halved 2 times.*divisible by 16")):
         with pytest.raises(InputError, match=pattern):
-            WaveletL1()(torch.zeros(1, 1, *shape), Identity(shape))
+            Wavelets(shape, 4, 4, F64)
     for knobs in (
         dict(weight=-1.0),
         dict(noise_weight=-1.0),
