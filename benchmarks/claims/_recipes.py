@@ -86,7 +86,7 @@ def recipes() -> dict[str, Recipe]:
         "whole-ct": Recipe("whole, in distribution", ours, "whole_ct"),
         "patch-ct": Recipe("patch, in distribution", ours, "patch_ct"),
         "patch-em": Recipe("patch + EM", ours, "patch_ellipses", em, "patch", EM),
-        "whole-em": Recipe("whole + EM", ours, "whole_ellipses", em, "whole", EM),
+        "whole-em": Recipe("whole + EM", ours, "whole_ellipses", em, "whole", EM, few=True),
         "patch-ct-em": Recipe("patch + EM, in distribution", ours, "patch_ct", em, "patch-ct", EM),
     }
     if em.held_out is None:  # else those rows stop by themselves
@@ -94,7 +94,7 @@ def recipes() -> dict[str, Recipe]:
         stopped.held_out = HeldOutViews()
         for key in ("patch-em", "patch-ct-em"):
             title = rows[key].title.replace("EM", "EM, stopped by held-out views")
-            rows[f"{key}-stop"] = replace(rows[key], title=title, adaptation=stopped)
+            rows[f"{key}-stop"] = replace(rows[key], title=title, adaptation=stopped, few=True)
     for kind in ("patch", "whole"):
         rows[f"{kind}-dps"] = Recipe(f"{kind}, DPS", DPS, f"{kind}_ellipses", tier=PUBLISHED, few=True)
     published = (

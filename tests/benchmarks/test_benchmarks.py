@@ -167,7 +167,7 @@ def test_operations_of_a_step_are_counted() -> None:
 
 def test_memory(tmp_path: Path) -> None:
     out = tmp_path / "m.json"
-    memory.main([*COMMON, "--methods", "FBP", "--counts", "2", "--json", str(out)])
+    memory.main([*COMMON, "--methods", "FBP", "--counts", "2", "--repeats", "1", "--json", str(out)])
     result = read(out)
     assert 100 < result["rows"][0]["peak_mb"] < 2000 and result["passed"]
 
