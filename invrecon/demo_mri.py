@@ -24,7 +24,7 @@ CENTERS = {4: 0.08, 8: 0.04}  # acceleration -> share of central columns, all of
 METHODS: dict[str, Method] = {  # as in zero_filled_mri, tv_mri, wavelet_mri and recon_mri.yaml
     "Zero-filled": FBP(clip=None),
     "TV": TotalVariation(weight=1e-3, bounds=(-4.0, 4.0), tol=1e-2),  # half the time of 1e-3, for 0.02 dB
-    "Wavelet l1": WaveletL1(weight=1e-3, clip=None),
+    "Wavelet l1": WaveletL1(weight=1e-3, num_iterations=100, clip=None),
     "Patch diffusion": ProximalDiffusion(sigma_max=0.3, cg_iterations=20, clip=None),
 }
 
