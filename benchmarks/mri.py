@@ -20,7 +20,6 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,85 +29,37 @@ from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from benchmarks import _common
-from benchmarks._common import Bench, Entry, Row, Setting
+from benchmarks._common import Entry, Row
+from benchmarks._mri import (
+    ABDOMEN,
+    R4,
+    R8,
+    SCAN,
+    VALIDATION,
+    MRIBench,
+    MRISetting,
+    largest_value,
+    load_batches,
+    name_batches,
+)
 from benchmarks.claims._verdicts import Verdict, decide, difference
-from invrecon.data.cases import CaseBatch
 from invrecon.data.intensity import Intensity
-from invrecon.data.kspace import MAGNITUDE, is_kspace, open_kspace
-from invrecon.data.mri import MRIData, open_magnitudes
-from invrecon.data.reconstruction import case_id
+from invrecon.data.kspace import MAGNITUDE
 from invrecon.errors import InputError
 from invrecon.methods import CGSENSE, FBP, Method, TotalVariation, WaveletL1
-from invrecon.metrics.mri import magnitude, volume_metrics
+from invrecon.metrics.mri import magnitude
 from invrecon.metrics.summary import describe, format_entry, heading, summarise
 from invrecon.operators import (
-    CartesianMRI,
-    ESPIRiT,
-    LinearOperator,
-    NoiseModel,
     NoNoise,
     PoissonDiscSampling,
     PolynomialSampling,
-    RandomLines,
     Sampling,
-    SNRNoise,
     TwoPercentSampling,
 )
 from invrecon.report.sheet import Window
 from invrecon.shared import find_shared
-from invrecon.tasks.reconstruction import Reconstruction, Result
 
-HELD_OUT, VALIDATION = "mri/heldout/pyrad-brain2.h5", "mri/train/pyrad-brain1.h5"
-ABDOMEN, SCAN = "mri/ood/CMBCRC-T2-1.h5", "mri/kspace/espirit-full.h5"
-NUM_COILS, MAPS = 8, ESPIRiT(kernel_size=4)
-NOISE = SNRNoise(30.0)
 METRICS = ("psnr", "ssim", "nmse")
-R4, R8 = RandomLines(4, 0.08), RandomLines(8, 0.04)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MRISetting(Setting):
-    """What is measured.
-
-    Attributes:
-        file: Of the benchmark data.
-        sampling: What of k-space.
-        num_slices: How many of the file's slices.
-        spread: Whether they are spread evenly over the file; those in its middle, one after the other, otherwise.
-        num_masks: How often each slice is measured; masks are then what an interval is over.
-        aim: What the patch prior is to gain on classical methods [dB]; None where nothing was aimed at.
-        maximum: Largest value of the volume's reference, once it has been read.
-    """
-
-    num_views: int = 0
-    noise: NoiseModel = NOISE
-    physics: Mapping[str, Any] | None = None
-    file: str = HELD_OUT
-    sampling: Sampling
-    num_slices: int = 1
-    spread: bool = False
-    num_masks: int = 1
-    aim: float | None = None
-    maximum: float | None = None
-
-    def slices(self) -> list[int]:
-        """Returns the slices: of N, those from (N - n) // 2 on, or the middles of n equal parts."""
-        total = count_slices(_common.data_file(self.file))
-        num = min(self.num_slices, total)
-        if self.spread:
-            return [(2 * k + 1) * total // (2 * num) for k in range(num)]
-        return list(range((total - num) // 2, (total + num) // 2))
-
-    def volume(self, mask: int) -> str:
-        """Returns the name of what is measured by a mask: the file's, if there is but one."""
-        stem = Path(self.file).stem
-        return stem if self.num_masks == 1 else f"{stem}, mask {mask}"
-
-
-@cache
-def count_slices(path: Path) -> int:
-    """Returns how many slices a file has."""
-    return len(open_kspace(path) if is_kspace(path) else open_magnitudes(path))
 
 
 def measured(name: str, title: str, sampling: Sampling) -> MRISetting:
@@ -164,95 +115,6 @@ class ComplexTV(TotalVariation):
     """
 
     data_step, dual_step = 20.0, 2.0
-
-
-class VolumeReconstruction(Reconstruction):
-    """A reconstruction whose rows hold, besides, what metrics of volumes are made of (`volume_summary`).
-
-    Args:
-        maximum: The volume's data range, in the file's units.
-        *task: As of `Reconstruction`.
-    """
-
-    def __init__(self, maximum: float | None, *task: Any) -> None:
-        super().__init__(*task)
-        self.maximum = maximum
-
-    def _intensity(self) -> Intensity:
-        return MAGNITUDE
-
-    def reconstruct(self, batch: CaseBatch) -> Result:
-        """Measures (if need be), reconstructs and judges a batch."""
-        result = super().reconstruct(batch)
-        assert result.reference is not None
-        pairs = zip(magnitude(result.reference), magnitude(result.estimate.mean), batch.scale, result.rows, strict=True)
-        for target, estimate, scale, row in pairs:
-            found = volume_metrics(scale * target, scale * estimate, self.maximum)
-            row |= {"nmse": found["nmse"], "volume_psnr": found["psnr"], "volume_ssim": found["ssim"]}
-            row["energy"] = float((scale * target).double().square().sum())
-        return result
-
-
-class MRIBench(Bench):
-    """Runs methods on MRI."""
-
-    def task(self, setting: Setting, entry: Entry, precision: str | None = None) -> Reconstruction:
-        """Returns the task that measures and reconstructs."""
-        assert isinstance(setting, MRISetting)
-        prior = entry.prior if entry.method.needs_prior else None
-        physics = CartesianMRI(self.size)  # its mask, coils and, if measured, size come with the case
-        common = (physics, entry.method, setting.noise, prior, precision or self.precision, self.seed)
-        return VolumeReconstruction(setting.maximum, *common)
-
-    def operator(self, setting: Setting) -> LinearOperator:
-        """Returns the physics without what comes with the case."""
-        return CartesianMRI(self.size)
-
-    def identity(self, setting: Setting, *arguments: Any, **more: Any) -> str:
-        """Returns the fingerprint of all that decides a row; the mask's number is part of its name."""
-        assert isinstance(setting, MRISetting)
-        physics = {"sampling": setting.sampling, "maps": MAPS, "num_coils": NUM_COILS, "slices": setting.slices()}
-        return super().identity(replace(setting, physics=_common.plain(physics)), *arguments, **more)
-
-
-def name_batches(setting: MRISetting, mask: int, batch_size: int) -> list[CaseBatch]:
-    """Returns the batches of a mask without what they hold: enough to look for their rows."""
-    path, chosen = _common.data_file(setting.file), setting.slices()
-    groups = [chosen[first : first + batch_size] for first in range(0, len(chosen), batch_size)]
-    return [
-        CaseBatch(
-            id=[f"{setting.volume(mask)}/{case_id(path, index).rsplit('/', 1)[1]}" for index in group],
-            patient=[],
-            source=[str(path)] * len(group),
-            index=group,
-        )
-        for group in groups
-    ]
-
-
-def load_batches(setting: MRISetting, mask: int, size: int, batch_size: int) -> list[CaseBatch]:
-    """Returns the same batches with what they hold."""
-    named = name_batches(setting, mask, batch_size)
-    data = MRIData(
-        str(_common.data_file(setting.file)),
-        slices=",".join(map(str, setting.slices())),
-        size=size,
-        sampling=setting.sampling,
-        maps=MAPS,
-        num_coils=NUM_COILS,
-        seed=mask,
-        batch_size=batch_size,
-    )
-    return [replace(batch, id=own.id) for batch, own in zip(data.test_dataloader(), named, strict=True)]
-
-
-def largest_value(batches: Sequence[CaseBatch]) -> float:
-    """Returns the largest magnitude of the references, in the file's units."""
-    peaks = []
-    for batch in batches:
-        assert batch.reference is not None
-        peaks += [scale * float(magnitude(x).amax()) for x, scale in zip(batch.reference, batch.scale, strict=True)]
-    return max(peaks)
 
 
 def load_method(config: str) -> Method:
@@ -313,14 +175,22 @@ class Tables:
             missing = [(e, i) for e in entries for i, b in enumerate(named) if not self.bench.find(setting, e, b)]
             if not missing:
                 continue
-            batches = load_batches(setting, mask, self.bench.size, self.batch_size)
+            try:
+                batches = load_batches(setting, mask, self.bench.size, self.batch_size)
+            except InputError as error:
+                self._fail(setting, setting.volume(mask), error)
+                continue
             own = replace(setting, maximum=largest_value(batches))
             for entry, index in missing:
                 try:
                     self.bench.rows(own, entry, batches[index])
                 except InputError as error:  # one that diverged does not end the run
-                    self.failures[f"{setting.title}, {entry.label}, {named[index].id[0]}"] = str(error)
-                    _common.progress(str(error))
+                    self._fail(setting, f"{entry.label}, {named[index].id[0]}", error)
+
+    def _fail(self, setting: MRISetting, what: str, error: InputError) -> None:
+        why = str(error).replace(f"{_common.data_file(setting.file).parent}/", "")  # no path of this machine
+        self.failures[f"{setting.title}, {what}"] = why
+        _common.progress(why)
 
     def list_rows(self, settings: Sequence[MRISetting], rows: Sequence[str]) -> None:
         """Prints what the record holds and what is left."""
@@ -336,6 +206,8 @@ class Tables:
         """Returns the mean PSNR by row, acceleration and weight, and the best weight, of what is there or computed."""
         found: dict[str, Any] = {row: {} for row in GRIDS}
         for num, setting in TUNING.items():
+            if not compute and not any(key.startswith(f"{setting.name}/") for key in self.bench.record.parts):
+                continue
             for row, grid in GRIDS.items():
                 entries = {weight: Entry(f"{row} {weight:g}", classical(row, weight)) for weight in grid}
                 if compute:
@@ -419,7 +291,7 @@ def measured_share(rows: Sequence[Row]) -> float:
 
 
 HEADINGS = ["Setting", "Row", heading("psnr"), heading("ssim"), "NMSE", "Volume: PSNR [dB]", "SSIM", "NMSE",
-            "Measured", "s a slice, median", "Slices"]  # fmt: skip
+            "Measured", "s a slice, median", "Cases"]  # fmt: skip
 
 
 def report(tables: Tables, settings: Sequence[MRISetting], rows: Sequence[str]) -> dict[str, Any]:
@@ -455,6 +327,8 @@ def report(tables: Tables, settings: Sequence[MRISetting], rows: Sequence[str]) 
     no_weights = {row: tables.priors[row] for row in rows if not tables.has_weights(row)}
     if no_weights:
         print("No weights: " + ", ".join(f"{row} ({prior})" for row, prior in no_weights.items()))
+    for where, why in tables.failures.items():
+        print(f"Failed: {where}: {why}")
     if compared:
         print("\n" + _common.markdown(["Setting", "PSNR, paired", "Difference", "Aim, at least", "Verdict"], compared))
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import h5py
 import pytest
 import torch
 
-from benchmarks import mri
+from benchmarks import _mri, mri
 from invrecon.data.kspace import MAGNITUDE, image_kspace
 from invrecon.data.mri import random_phase
 from invrecon.data.phantoms import ellipse_phantom
@@ -23,6 +24,7 @@ from invrecon.operators import CartesianMRI, PolynomialSampling, RandomLines, si
 from invrecon.rng import make_generator
 from tests.cli.tiny import NETWORK, SIZE, make_prior, make_volume
 
+LOAD_METHOD = mri.load_method
 LINES, POINTS = RandomLines(2, 0.32), PolynomialSampling(4.0, acs=8)
 
 
@@ -31,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data under the names of the real ones, and two priors."""
     folder = tmp_path_factory.mktemp("mri")
     heads = torch.stack([0.2 + ellipse_phantom(SIZE, make_generator(i, "head"))[0] for i in range(5)])
-    for name in (mri.HELD_OUT, mri.VALIDATION, mri.ABDOMEN):
+    for name in (_mri.HELD_OUT, mri.VALIDATION, mri.ABDOMEN):
         make_volume(folder / name, 1000 * heads.numpy(), units="a.u.")
     shape = (SIZE, SIZE - 4)
     x = random_phase(heads[0, :, 2:-2], make_generator(0, "p"))
@@ -107,6 +109,21 @@ def test_rows_without_a_prior_are_said_to_be(tmp_path: Path, capsys: pytest.Capt
     assert "| sim-r8 | tv | 2/2 |" in capsys.readouterr().out
 
 
+def test_a_damaged_file_does_not_end_the_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_volume(tmp_path / _mri.HELD_OUT, -torch.rand(3, SIZE, SIZE).numpy(), units="a.u.")
+    (tmp_path / mri.SCAN).parent.mkdir(parents=True)
+    shutil.copy(folder / mri.SCAN, tmp_path / mri.SCAN)
+    monkeypatch.setenv("INVRECON_DATA", str(tmp_path))
+    out = tmp_path / "out" / "m.json"
+    out.parent.mkdir()
+    mri.main(arguments(folder, out, "--settings", "sim-r8", "real-r8", "--rows", "zero-filled"))
+    result = read(out)
+    assert len(result["parts"]) == 2 and list(result["failures"]) == ["Simulated, R = 8, pyrad-brain2"]
+    assert "Failed: Simulated, R = 8, pyrad-brain2: " in capsys.readouterr().out
+
+
 def test_tuning(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mri, "GRIDS", {"cg-sense": (1e-3, 1e-2, 10.0), "tv": (1e-3, 10.0)})
     out = tmp_path / "m.json"
@@ -123,6 +140,11 @@ def test_weights_are_of_a_patient_that_nothing_is_tested_on() -> None:
     assert {setting.file for setting in mri.TUNING.values()} == {mri.VALIDATION} and mri.VALIDATION not in tested
     assert mri.WEIGHTS.keys() == mri.GRIDS.keys()
     assert all(min(mri.GRIDS[row]) < weight < max(mri.GRIDS[row]) for row, weight in mri.WEIGHTS.items())
+
+
+def test_the_prior_rows_take_the_method_of_the_shipped_configuration() -> None:
+    method = LOAD_METHOD("recon_mri")
+    assert method.needs_prior and vars(method)["clip"] is None, "complex images have no range"
 
 
 def test_slices_are_the_middle_ones_or_spread() -> None:

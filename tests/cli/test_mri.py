@@ -147,7 +147,7 @@ def test_the_page_speaks_of_magnitudes(result: Path) -> None:
     page = (result / "predict" / "report.html").read_text()
     text = re.sub(r"base64,[^\"]*", "", page)
     assert "those of magnitudes" in text and "magnitude window" in text
-    assert not re.search(r"\bHU\b|PSNR, body|3000", text)
+    assert not re.search(r"\bHU\b|PSNR, body", text)
 
 
 def test_numbers_do_not_depend_on_the_batch(
@@ -226,7 +226,7 @@ def test_a_complex_prior_is_trained_and_used(
     assert "validation/psnr_4_fold_mri" in cli.trainer.callback_metrics
     assert load_file(run / "prior.safetensors")
     card = (run / "prior.md").read_text()
-    assert "a.u." in card and not re.search(r"\bHU\b", card)
+    assert "complex images" in card and not re.search(r"\bHU\b", card)
     args = arguments("predict", "recon_mri", scans, tmp_path / "out", "--model.num_figures=0")
     args = [f"--model.prior={run / 'prior.safetensors'}" if "--model.prior" in arg else arg for arg in args]
     invrecon(args)
