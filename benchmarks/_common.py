@@ -287,6 +287,11 @@ def trace_columns(result: Result) -> list[Row]:
     ]
 
 
+def has_weights(prior: str) -> bool:
+    """Says whether there is a prior file, or a shipped one of that name."""
+    return find_shared(prior, "checkpoints", ".safetensors").is_file()
+
+
 @cache
 def weights_hash(prior: str | None) -> str:
     """Returns the hash of a prior file, found as the command line finds it.

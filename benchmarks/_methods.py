@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import yaml
+from jsonargparse import ArgumentParser
 
 import invrecon.methods
 from benchmarks._common import Setting
@@ -22,13 +23,23 @@ from invrecon.methods import (
     Sampler,
     UnconditionalSampler,
 )
-from invrecon.shared import shared_folder
+from invrecon.shared import find_shared, shared_folder
 
 COUNTS = ("num_levels", "num_iterations")  # what a method is made shorter by, the first that it has
 
 
 # One of these does not look at data; the others train a network for each image, in thousands of steps.
 LEFT_OUT = (UnconditionalSampler, NetworkFit)
+
+
+def load_parts(config: str, **kinds: type) -> list[Any]:
+    """Returns parts of a shipped configuration's model, by name and kind, built by the command line's parser."""
+    settings = yaml.safe_load(find_shared(config, "configs", ".yaml").read_text())["model"]["init_args"]
+    parser = ArgumentParser(exit_on_error=False)
+    for name, kind in kinds.items():
+        parser.add_argument(f"--{name}", type=kind)
+    built = parser.instantiate_classes(parser.parse_object({name: settings[name] for name in kinds}))
+    return [built[name] for name in kinds]
 
 
 def find_methods() -> dict[str, type[Method]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -50,7 +50,6 @@ class MRISetting(Setting):
 
     num_views: int = 0
     noise: NoiseModel = NOISE
-    physics: Mapping[str, Any] | None = None
     file: str = HELD_OUT
     sampling: Sampling
     num_slices: int = 1

@@ -24,12 +24,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import yaml
-from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from benchmarks import _common
 from benchmarks._common import Entry, Row
+from benchmarks._methods import load_parts
 from benchmarks._mri import (
     ABDOMEN,
     R4,
@@ -57,7 +56,6 @@ from invrecon.operators import (
     TwoPercentSampling,
 )
 from invrecon.report.sheet import Window
-from invrecon.shared import find_shared
 
 METRICS = ("psnr", "ssim", "nmse")
 
@@ -108,21 +106,10 @@ WEIGHTS = {"cg-sense": 3e-3, "tv": 1e-3, "wavelet": 1e-3}
 ITERATIONS = {"tv": 500, "wavelet": 100}
 
 
-class ComplexTV(TotalVariation):
-    """`TotalVariation` with the ratio of steps that suits images whose edges are of size 1.
-
-    The minimiser and the certificate are the same; it is reached in 200 to 400 iterations rather than in thousands.
-    """
-
-    data_step, dual_step = 20.0, 2.0
-
-
 def load_method(config: str) -> Method:
     """Returns the method of a shipped configuration, built by the parser that the command line uses."""
-    settings = yaml.safe_load(find_shared(config, "configs", ".yaml").read_text())["model"]["init_args"]
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--method", type=Method)
-    return parser.instantiate_classes(parser.parse_object({"method": settings["method"]})).method
+    (method,) = load_parts(config, method=Method)
+    return method
 
 
 def classical(row: str, weight: float) -> Method:
@@ -131,7 +118,7 @@ def classical(row: str, weight: float) -> Method:
         return CGSENSE(lam=weight)
     common: dict[str, Any] = {"weight": weight, "noise_weight": 0.0, "num_iterations": ITERATIONS[row]}
     if row == "tv":
-        return ComplexTV(**common, tol=1e-2, bounds=(-4.0, 4.0))
+        return TotalVariation(**common, tol=1e-2, bounds=(-4.0, 4.0))
     return WaveletL1(**common, clip=None)
 
 
@@ -160,7 +147,7 @@ class Tables:
 
     def has_weights(self, row: str) -> bool:
         """Says whether a row's prior is there, if it needs one."""
-        return row not in PRIORS or find_shared(self.priors[row], "checkpoints", ".safetensors").is_file()
+        return row not in PRIORS or _common.has_weights(self.priors[row])
 
     def find(self, setting: MRISetting, entry: Entry) -> list[Row]:
         """Returns the rows that the record holds."""

@@ -233,11 +233,12 @@ class Search:
     """Proposes one trial after another, from the seed and from how the trials so far did.
 
         trial 0       the default
-        odd trials    the next point of the Sobol sequence
-        even trials   the best so far + N(0, r_n^2),   r_n = n^(-1/d) / 4
+        even trials   the best so far + N(0, r_n^2),   r_n = n^(-1/d) / 4   (from 4 on)
+        others        the next point of the Sobol sequence
 
-    with `n` points explored of a `d`-dimensional space: they lie about `n^(-1/d)` apart, so that the steps shrink as
-    the whole is known better. Steps over an end of a range are reflected. No values are proposed twice.
+    with `n`, half of the trials so far, about the points explored of a `d`-dimensional space: they lie about
+    `n^(-1/d)` apart, so that the steps shrink as the whole is known better. Steps over an end of a range are reflected.
+    No values are proposed twice.
 
     Args:
         space: The domains, by key.

@@ -84,7 +84,6 @@ def test_methods_are_those_of_the_configs(name: str) -> None:
     config = yaml.safe_load((ROOT / "configs" / f"{CONFIGS[name]}.yaml").read_text())
     stated = config["model"]["init_args"]["method"]
     arguments = {key: tuple(v) if isinstance(v, list) else v for key, v in stated["init_args"].items()}
-    arguments |= {"tol": METHODS["TV"].tol} if name == "TV" else {}  # type: ignore[attr-defined]
     expected = getattr(invrecon.methods, stated["class_path"])(**arguments)
     assert type(expected) is type(METHODS[name]) and settings_of(expected) == settings_of(METHODS[name])
 

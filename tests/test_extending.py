@@ -19,7 +19,16 @@ import pytest
 import invrecon.methods
 import invrecon.operators
 from invrecon.discovery import export_classes, find_classes, reach_named_files
-from invrecon.methods import Conditioning, DataSampler, Method, Schedule, Start, Transition
+from invrecon.methods import (
+    Conditioning,
+    DataSampler,
+    FittedNetwork,
+    Method,
+    Schedule,
+    Start,
+    StoppingRule,
+    Transition,
+)
 from invrecon.operators import CoilMaps, LinearOperator, NoiseModel, Sampling
 from tests.cli.tiny import QUIET, SIZE, make_prior, make_volume, slices_of_a_chest
 
@@ -218,7 +227,10 @@ def test_a_name_is_given_once(package: Callable[..., Any]) -> None:
 @pytest.mark.parametrize(
     ("room", "bases"),
     [
-        (invrecon.methods, (Method, Schedule, Conditioning, Transition, Start, DataSampler)),
+        (
+            invrecon.methods,
+            (Method, Schedule, Conditioning, Transition, Start, DataSampler, StoppingRule, FittedNetwork),
+        ),
         (invrecon.operators, (LinearOperator, NoiseModel, Sampling, CoilMaps)),
     ],
     ids=["methods", "operators"],

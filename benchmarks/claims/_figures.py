@@ -85,16 +85,13 @@ def rounds_figure(path: str | os.PathLike[str], settings: Mapping[str, Sequence[
     return _save(figure, path)
 
 
-def dots_figure(
-    path: str | os.PathLike[str], settings: Mapping[str, Mapping[str, Entry]], xlabel: str, zero: bool = True
-) -> Path:
+def dots_figure(path: str | os.PathLike[str], settings: Mapping[str, Mapping[str, Entry]], xlabel: str) -> Path:
     """Draws a panel a setting: a dot with its interval a row, the same rows in the same order everywhere.
 
     Args:
         path: PNG, written atomically.
         settings: Title -> title of a row -> mean, low and high (None without an interval).
         xlabel: What the means are.
-        zero: Whether to mark zero.
 
     Returns:
         `path`.
@@ -108,8 +105,7 @@ def dots_figure(
         places = [(len(names) - 1 - names.index(name), entry) for name, entry in rows.items()]
         for place, entry in places:
             _whisker(axes, entry, place, horizontal=True)
-        if zero:
-            axes.axvline(0, color=MUTED, linewidth=0.7)
+        axes.axvline(0, color=MUTED, linewidth=0.7)
         axes.set_ylim(-0.6, len(names) - 0.4)
         axes.set_yticks(range(len(names)), names[::-1] if index == 0 else [""] * len(names))
         axes.set_xlabel(xlabel, color=MUTED, fontsize=7.5)

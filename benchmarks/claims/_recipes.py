@@ -8,9 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-import yaml
-from jsonargparse import ArgumentParser
-
+from benchmarks._methods import load_parts
 from benchmarks.claims._lessons import Lesson
 from invrecon.adapt import Adaptation, HeldOutViews
 from invrecon.methods import (
@@ -23,7 +21,6 @@ from invrecon.methods import (
     Sampler,
     TotalVariation,
 )
-from invrecon.shared import find_shared
 
 CHEAP, EM, PUBLISHED = 0, 1, 2  # in the order of work
 SLOW = EM  # in the tables where nothing adapts
@@ -60,12 +57,8 @@ class Recipe:
 @cache
 def load_recipe(config: str) -> tuple[Sampler, Adaptation]:
     """Returns sampler and adaptation of a shipped configuration, built by the parser that the command line uses."""
-    settings = yaml.safe_load(find_shared(config, "configs", ".yaml").read_text())["model"]["init_args"]
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--method", type=Sampler)
-    parser.add_argument("--adaptation", type=Adaptation)
-    built = parser.instantiate_classes(parser.parse_object({k: settings[k] for k in ("method", "adaptation")}))
-    return built.method, built.adaptation
+    sampler, adaptation = load_parts(config, method=Sampler, adaptation=Adaptation)
+    return sampler, adaptation
 
 
 def under_ours(adaptation: Adaptation) -> Adaptation:

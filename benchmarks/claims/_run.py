@@ -20,7 +20,6 @@ from invrecon.errors import InputError
 from invrecon.files import atomic_write
 from invrecon.methods import DPSConditioning, Method
 from invrecon.operators import LinearOperator, SpectralOperator
-from invrecon.shared import find_shared
 
 Table = Mapping[str, Sequence[Row]]  # key of a recipe -> its rows, of one setting
 # About, a slice and core, at 256 x 256.
@@ -119,8 +118,7 @@ class Run(ABC):
     def has_prior(self, recipe: Recipe) -> bool:
         """Says whether a recipe's rows can be looked for: what is taught here is known without its file."""
         prior = self.prior(recipe)
-        shipped = prior is not None and not isinstance(recipe.prior, Lesson)
-        return not shipped or find_shared(prior, "checkpoints", ".safetensors").is_file()  # type: ignore[arg-type]
+        return prior is None or isinstance(recipe.prior, Lesson) or _common.has_weights(prior)
 
     def entry(self, key: str, setting: Setting) -> Entry:
         """Returns a recipe as the benchmarks run it."""

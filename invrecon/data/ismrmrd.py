@@ -16,8 +16,8 @@ from invrecon.errors import InputError
 
 GROUP = "dataset"
 # Numbers (from 1) of the flags of readouts that are no part of k-space: noise, navigation, phase correction, dummies,
-# feedback and coil correction.
-NOT_IMAGING = (19, 23, 24, 27, 28, 29, 30)
+# feedback, coil correction and phase stabilisation.
+NOT_IMAGING = (19, 23, 24, 26, 27, 28, 29, 30, 31)
 SINGLE = ("kspace_encode_step_2", "contrast", "phase", "repetition", "set")
 
 

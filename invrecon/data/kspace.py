@@ -19,7 +19,7 @@ from invrecon.data.intensity import Intensity
 from invrecon.data.volume import file_stem, suffix_of
 from invrecon.errors import InputError
 from invrecon.operators.fourier import complex_to_pairs, fft2c, ifft2c, pairs_to_complex
-from invrecon.operators.sampling import calibration_region, central_block
+from invrecon.operators.sampling import calibration_region, central_block, radii
 
 if TYPE_CHECKING:
     from fastmri.data import SliceDataset
@@ -113,9 +113,6 @@ class FastMRIFile(KSpace):
     The ISMRMRD header gives the encoded matrix, which must be that of the data, and the image asked for.
 
     Source: Zbontar et al., fastMRI, arXiv 1811.08839, Sec. 4; a mask is stated in files of the test and challenge sets.
-
-    Attributes:
-        maximum: Attribute `max`, the largest value of the volume's reference; None if there is none.
     """
 
     def __init__(self, path: Path) -> None:
@@ -139,7 +136,7 @@ class FastMRIFile(KSpace):
             self.noise_std = read_noise_std(path, {**file.attrs, **stored.attrs}, shape[1])
         self._finish(shape)
         try:
-            self.metadata, _ = fastmri_slices(path)._retrieve_metadata(path)
+            self.metadata, _ = fastmri_slices()._retrieve_metadata(path)
             field = header_values(header, "encodedSpace", "fieldOfView_mm")
         except Exception as error:
             raise InputError(
@@ -153,10 +150,9 @@ class FastMRIFile(KSpace):
         self.matrix = (height, width)
         self.voxel_mm = (field[2] / encoded[2], field[0] / encoded[0], field[1] / encoded[1])
         self.patient = text_of(self.metadata.get("patient_id", "")) or self.stem
-        self.maximum = float(self.metadata["max"]) if "max" in self.metadata else None
 
     def _read(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-        dataset = fastmri_slices(self.path)
+        dataset = fastmri_slices()
         dataset.raw_samples = [(self.path, index, self.metadata)]
         kspace, mask, *_ = dataset[0]
         return kspace if kspace.ndim == 3 else kspace[None], None if mask is None else mask.reshape(1, -1) > 0
@@ -212,8 +208,8 @@ def is_kspace(path: Path, dataset: str = "data") -> bool:
         return False
 
 
-def fastmri_slices(path: Path) -> SliceDataset:
-    """Returns fastmri's `SliceDataset` for one file: its own constructor takes a folder and reads all headers in it."""
+def fastmri_slices() -> SliceDataset:
+    """Returns fastmri's `SliceDataset` without files: its own constructor reads all headers of a folder."""
     from fastmri.data import SliceDataset
 
     class OneFile(SliceDataset):
@@ -332,8 +328,7 @@ def estimate_noise(kspace: Tensor, mask: Tensor) -> Tensor:
         kspace: `(coils, H, W, 2)`.
         mask: What was measured, `(H, W)`.
     """
-    rows, columns = ((torch.arange(n) - n // 2) / n for n in mask.shape)
-    distance = torch.hypot(rows[:, None], columns)
+    distance = radii(mask.shape[0], mask.shape[1])
     measured = (mask != 0) & (kspace != 0).any(-1).any(0)
     num = min(max(300, round(0.05 * int(measured.sum()))), int(measured.sum()))
     far = measured & (distance >= distance[measured].topk(num).values[-1])

@@ -25,7 +25,7 @@ from invrecon.data.kspace import (
 from invrecon.data.reconstruction import ReconstructionData, case_id, resolve_paths
 from invrecon.data.training import PriorTraining, held_out_names
 from invrecon.data.volume import Volume, suffix_of
-from invrecon.data.volumes import find_volumes, open_volume, parse_slices
+from invrecon.data.volumes import find_volumes, open_volume
 from invrecon.errors import InputError
 from invrecon.operators.coils import CoilMaps, ESPIRiT, simulated_maps, smooth_phase, with_phase
 from invrecon.operators.mri import CartesianMRI
@@ -86,30 +86,12 @@ class MRIData(ReconstructionData):
         self.intensity = MAGNITUDE
         self._first: Case | None = None  # the first of the first file, which is often the only one
 
-    def setup(self, stage: str | None = None) -> None:
-        """Finds the files, reads every selected slice and makes the first case of each, so that nothing fails later.
-
-        Raises:
-            InputError: If a file or selection is of no use, or two files have one name.
-        """
-        if self._files is not None:
-            return
-        files: list[Any] = []
-        stems: dict[str, Path] = {}
-        for path in self._find():
-            file = self._open(path)
-            if file.stem in stems:
-                raise InputError(
-                    f"{path} and {stems[file.stem]} have the same name, which names their results; rename one."
-                )
-            stems[file.stem] = path
-            indices = parse_slices(self.slices, len(file), name=str(path))
-            for index in indices:
-                file.read(index)
-            first = self._make(file, indices[0])
-            self._first = self._first or first
-            files.append((file, indices))
-        self._files = files
+    def _check(self, file: Any, indices: list[int]) -> None:
+        """Reads the selected slices and makes the first case, whose maps and mask may fail, too."""
+        for index in indices:
+            file.read(index)
+        first = self._make(file, indices[0])
+        self._first = self._first or first
 
     def load(self, file: Any, index: int) -> Case:
         """Reads one case, and estimates its maps or simulates what it lacks."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -72,7 +73,7 @@ class ReconstructionData(lightning.LightningDataModule):
         self._files: list[tuple[Volume | Measurement, list[int]]] | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        """Finds the files, checks headers and every selected pixel, so that nothing fails hours later.
+        """Finds the files, checks headers and every selected slice, so that nothing fails hours later.
 
         Raises:
             InputError: If a file or selection is of no use, or two files have one name.
@@ -89,13 +90,17 @@ class ReconstructionData(lightning.LightningDataModule):
                 )
             stems[file.stem] = path
             indices = parse_slices(self.slices, len(file), name=str(path))
-            if isinstance(file, Measurement):
-                for index in indices:
-                    file.read(index)
-            else:
-                check_pixels(file, indices, self.intensity)
+            self._check(file, indices)
             files.append((file, indices))
         self._files = files
+
+    def _check(self, file: Any, indices: list[int]) -> None:
+        """Reads the selected slices of a file, or looks at their pixels."""
+        if isinstance(file, Measurement):
+            for index in indices:
+                file.read(index)
+        else:
+            check_pixels(file, indices, self.intensity)
 
     def case_index(self) -> list[tuple[Path, list[int]]]:
         """Lists `(file, slice indices)` of all cases, done or not; reads no pixels of its own."""

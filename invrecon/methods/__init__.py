@@ -177,4 +177,4 @@ __all__ = [
     "sample_prior",
 ]
 
-export_classes(globals(), Method, Schedule, Conditioning, Transition, Start, DataSampler)
+export_classes(globals(), Method, Schedule, Conditioning, Transition, Start, DataSampler, StoppingRule, FittedNetwork)

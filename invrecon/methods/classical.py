@@ -131,6 +131,7 @@ class TotalVariation(Method):
     relaxation = 1.9
     dual_step = 20.0  # of the gradient's block, in units of w: the size of a dual over that of an edge
     data_step = 200.0  # of the data's block, likewise
+    complex_edge = 10.0  # how much larger edges are in complex images, whose unit is a percentile, than in [0, 1]
     largest_dual = 0.05  # where the weight no longer is the dual variable's size
     check_every = 25
 
@@ -182,6 +183,7 @@ class TotalVariation(Method):
         b = scale * y
         x = y.new_zeros(y.shape[0], *operator.image_shape)
         w, size = per_sample(weight, x), weight.clamp(max=self.largest_dual)
+        size = size / self.complex_edge if operator.complex_images else size
         step_data, step_grad = per_sample(self.data_step * size, b), per_sample(self.dual_step * size, x)
         curvature = per_sample(self.data_step * size, x) + 4 * (x.ndim - 2) * step_grad
         step = 0.99 / curvature  # 1 % for the tolerance of ||A||

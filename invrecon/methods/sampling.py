@@ -92,13 +92,9 @@ def sample_prior(
 
 def repeat_cases(operator: LinearOperator, num_cases: int, num: int) -> LinearOperator:
     """Returns `operator` for a batch in which each of the `num_cases` cases comes `num` times in a row."""
-    std = operator.noise_std
-    whole = 1 + len(operator.measurement_shape)
-    if num == 1 or std is None or std.ndim not in (1, whole) or std.shape[0] != num_cases:
+    if num == 1:
         return operator
-    clone = operator._shallow_copy()
-    clone.noise_std = std.repeat_interleave(num, dim=0)
-    return clone
+    return operator.select_cases(torch.arange(num_cases).repeat_interleave(num), num_cases)
 
 
 class Sampler(Method):

@@ -37,16 +37,6 @@ class NoiseStart(Start):
         return sigma * randn(tuple(operator.image_shape), generators, y)
 
 
-class BaselineStart(Start):
-    """The operator's direct inverse as it is, negative parts too: the zero-filled image, filtered back-projection."""
-
-    def __call__(
-        self, y: Tensor, operator: LinearOperator, sigma: float, generators: Sequence[torch.Generator]
-    ) -> Tensor:
-        """Returns `operator.baseline(y)`."""
-        return operator.baseline(y)
-
-
 class EstimateStart(Start):
     """Another method's estimate, as it is: `x = x_hat`.
 

@@ -62,12 +62,17 @@ def ssim(x: Tensor, reference: Tensor, data_range: float = 1.0) -> Tensor:
         InputError: The shapes differ or a side is shorter than the window.
     """
     x, reference = _prepare(x, reference, data_range)
-    num_dims = x.ndim - 2
     if min(x.shape[2:]) < SSIM_WINDOW:
         raise InputError(
             f"SSIM needs images of at least {SSIM_WINDOW} pixels a side, got {tuple(x.shape[2:])}: "
             "reconstruct on a larger grid or leave SSIM out."
         )
+    return similarity(x, reference, data_range)
+
+
+def similarity(x: Tensor, reference: Tensor, data_range: float) -> Tensor:
+    """Returns the SSIM of images `(B, C, *S)` as they are, neither cast nor clipped, `(B,)`; see `ssim`."""
+    num_dims = x.ndim - 2
     average = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}[num_dims]
     num_pixels = SSIM_WINDOW**num_dims
     unbiased = num_pixels / (num_pixels - 1)
@@ -80,8 +85,8 @@ def ssim(x: Tensor, reference: Tensor, data_range: float = 1.0) -> Tensor:
     var_r = unbiased * (window_mean(reference * reference) - mu_r**2)
     cov = unbiased * (window_mean(x * reference) - mu_x * mu_r)
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    similarity = (2 * mu_x * mu_r + c1) * (2 * cov + c2) / ((mu_x**2 + mu_r**2 + c1) * (var_x + var_r + c2))
-    return similarity.flatten(1).mean(dim=1)
+    ratio = (2 * mu_x * mu_r + c1) * (2 * cov + c2) / ((mu_x**2 + mu_r**2 + c1) * (var_x + var_r + c2))
+    return ratio.flatten(1).mean(dim=1)
 
 
 def masked_psnr(x: Tensor, reference: Tensor, mask: Tensor, data_range: float = 1.0) -> Tensor:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as nnf
 from torch import Tensor
 
 from invrecon.errors import InputError
-from invrecon.metrics.image import SSIM_WINDOW
+from invrecon.metrics.image import SSIM_WINDOW, similarity
 
 
 def magnitude(x: Tensor) -> Tensor:
@@ -65,20 +64,5 @@ def volume_metrics(target: Tensor, estimate: Tensor, maximum: float | None = Non
     return {
         "nmse": float(mse.sum() / t.square().sum()),
         "psnr": float(10 * torch.log10(largest**2 / mse.mean())),
-        "ssim": float(_similarity(v, t, largest).mean()),
+        "ssim": float(similarity(v[:, None], t[:, None], largest).mean()),
     }
-
-
-def _similarity(v: Tensor, t: Tensor, data_range: float) -> Tensor:
-    """Returns the mean SSIM of every slice, `(N,)`: that of `invrecon.metrics.ssim`, without its clipping."""
-
-    def window_mean(image: Tensor) -> Tensor:
-        return nnf.avg_pool2d(image[:, None], SSIM_WINDOW, stride=1)
-
-    unbiased = SSIM_WINDOW**2 / (SSIM_WINDOW**2 - 1)
-    mu_v, mu_t = window_mean(v), window_mean(t)
-    variances = unbiased * (window_mean(v * v + t * t) - mu_v**2 - mu_t**2)
-    covariance = unbiased * (window_mean(v * t) - mu_v * mu_t)
-    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    ratio = (2 * mu_v * mu_t + c1) * (2 * covariance + c2) / ((mu_v**2 + mu_t**2 + c1) * (variances + c2))
-    return ratio.flatten(1).mean(1)

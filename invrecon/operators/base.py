@@ -134,11 +134,11 @@ class LinearOperator(nn.Module, ABC):
         bound.noise_std = None if std is None else torch.as_tensor(std).to(self.device, self.dtype)
         return bound
 
-    def select_cases(self: T, chosen: slice, num_cases: int) -> T:
+    def select_cases(self: T, chosen: slice | Tensor, num_cases: int) -> T:
         """Returns the physics of some cases of a batch: their noise levels, and whatever else is theirs alone.
 
         Args:
-            chosen: Which cases.
+            chosen: Which cases: a slice, or their numbers.
             num_cases: Cases that the operator is bound to.
         """
         if num_cases == 1:
@@ -292,6 +292,10 @@ class ComposedOperator(LinearOperator):
         """Returns `B^T A^T y`."""
         return self.inner.adjoint(self.outer.adjoint(y))
 
+    def restrict(self, y: Tensor) -> Tensor:
+        """Returns `y` with zeros where `A` measures nothing."""
+        return self.outer.restrict(y)
+
     def bind(self, case: Case | CaseBatch) -> ComposedOperator:
         """Returns the composition of both factors bound to the case."""
         bound = ComposedOperator(self.outer.bind(case), self.inner.bind(case))
@@ -315,6 +319,10 @@ class ScaledOperator(LinearOperator):
     def adjoint(self, y: Tensor) -> Tensor:
         """Returns `c A^T y`."""
         return self.scalar * self.operator.adjoint(y)
+
+    def restrict(self, y: Tensor) -> Tensor:
+        """Returns `y` with zeros where `A` measures nothing."""
+        return self.operator.restrict(y)
 
     def norm(self) -> float:
         """Returns `|c| ||A||`."""
@@ -346,7 +354,11 @@ class WhitenedOperator(LinearOperator):
         """Returns `A^T W y`."""
         return self.operator.adjoint(self.weights * y)
 
-    def select_cases(self, chosen: slice, num_cases: int) -> WhitenedOperator:
+    def restrict(self, y: Tensor) -> Tensor:
+        """Returns `y` with zeros where nothing was measured or the weight is 0."""
+        return (self.weights > 0) * self.operator.restrict(y)
+
+    def select_cases(self, chosen: slice | Tensor, num_cases: int) -> WhitenedOperator:
         """Returns `W A` of some cases; see `LinearOperator.select_cases`."""
         clone = super().select_cases(chosen, num_cases)
         if self.weights.ndim == 1 + len(self.measurement_shape) and len(self.weights) == num_cases > 1:

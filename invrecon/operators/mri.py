@@ -99,7 +99,7 @@ class MRI(LinearOperator):
             bound._check_kspace(case)
         return bound
 
-    def select_cases(self: T, chosen: slice, num_cases: int) -> T:
+    def select_cases(self: T, chosen: slice | Tensor, num_cases: int) -> T:
         """Returns the physics of some cases, with their maps; see `LinearOperator.select_cases`."""
         clone = super().select_cases(chosen, num_cases)
         if self.maps is not None and len(self.maps) == num_cases > 1:
@@ -205,7 +205,7 @@ class CartesianMRI(MRI):
         """Returns the zero-filled image, coils combined: `A^T y`."""
         return self.adjoint(y)
 
-    def select_cases(self: C, chosen: slice, num_cases: int) -> C:
+    def select_cases(self: C, chosen: slice | Tensor, num_cases: int) -> C:
         """Returns the physics of some cases, with their maps and masks; see `LinearOperator.select_cases`."""
         clone = super().select_cases(chosen, num_cases)
         if self.mask is not None and len(self.mask) == num_cases > 1:

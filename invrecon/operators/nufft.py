@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 WIDTH = 7
 """Width of the interpolation kernel, in samples of the twice finer frequency grid."""
 
+BETA = 0.995 * math.pi * math.sqrt((WIDTH * 0.75) ** 2 - 0.8)
+"""Kaiser-Bessel's beta: Beatty et al., Eq. 5, times 0.995, which evens the error out over the image."""
+
 _MAX_PLANES = 4
 """Images that are interpolated at once: 8 real columns of one sparse product."""
 
@@ -283,7 +286,7 @@ def spiral_trajectory(num_interleaves: int, num_readout: int, turns: float) -> T
     return torch.stack((t / 2 * theta.sin(), t / 2 * theta.cos()), -1)
 
 
-def interpolation_matrix(trajectory: Tensor, size: tuple[int, ...], width: int = WIDTH) -> SparseMatrix:
+def interpolation_matrix(trajectory: Tensor, size: tuple[int, ...]) -> SparseMatrix:
     """Returns `G`, `(samples, 4HW)`, float64: the Kaiser-Bessel kernel on the grid of a twice zero-padded FFT.
 
     Its columns are the grid's points, column by column, in the FFT's own order. The sign `(-1)^(row + column)` shifts
@@ -292,44 +295,36 @@ def interpolation_matrix(trajectory: Tensor, size: tuple[int, ...], width: int =
     Args:
         trajectory: `(..., 2)` [cycles/pixel].
         size: `(H, W)`.
-        width: Of the kernel, in samples of the fine grid.
 
     Raises:
         InputError: The matrix would have more than 2^31 - 1 entries.
     """
     k = trajectory.reshape(-1, 2).double()
-    if len(k) * width**2 >= 2**31:
+    if len(k) * WIDTH**2 >= 2**31:
         raise InputError(f"A trajectory of {len(k)} samples has too many entries for 32-bit indices; use fewer.")
     grid = torch.tensor(size, dtype=torch.float64) * 2
     position = k * grid  # in samples of the fine grid
-    first = (position - width / 2).ceil()
-    near = first[..., None] + torch.arange(width)  # (samples, 2, width)
-    values = _kernel(position[..., None] - near, width) * (1 - 2 * near.remainder(2))
+    first = (position - WIDTH / 2).ceil()
+    near = first[..., None] + torch.arange(WIDTH)  # (samples, 2, WIDTH)
+    values = _kernel(position[..., None] - near) * (1 - 2 * near.remainder(2))
     index = near.remainder(grid[:, None]).long()
     columns = index[:, 1, :, None] * int(grid[0]) + index[:, 0, None, :]
     entries = values[:, 1, :, None] * values[:, 0, None, :]
-    crow = torch.arange(len(k) + 1) * width**2
+    crow = torch.arange(len(k) + 1) * WIDTH**2
     return SparseMatrix(crow.int(), columns.flatten().int(), entries.flatten(), int(grid.prod()))
 
 
-def _shape(width: int) -> float:
-    """Kaiser-Bessel's beta: Beatty et al., Eq. 5, times 0.995, which evens the error out over the image."""
-    return 0.995 * math.pi * math.sqrt((width * 0.75) ** 2 - 0.8)
-
-
-def _kernel(u: Tensor, width: int = WIDTH) -> Tensor:
+def _kernel(u: Tensor) -> Tensor:
     """Returns `I0(beta sqrt(1 - (2 u / width)^2)) / I0(beta)`, zero beyond half the width."""
-    beta = _shape(width)
-    inside = (1 - (2 * u / width).square()).clamp(min=0)
-    value = torch.special.i0e(beta * inside.sqrt()) * torch.exp(beta * (inside.sqrt() - 1))
-    return value / torch.special.i0e(torch.tensor(beta, dtype=u.dtype)) * (u.abs() <= width / 2)
+    inside = (1 - (2 * u / WIDTH).square()).clamp(min=0)
+    value = torch.special.i0e(BETA * inside.sqrt()) * torch.exp(BETA * (inside.sqrt() - 1))
+    return value / torch.special.i0e(torch.tensor(BETA, dtype=u.dtype)) * (u.abs() <= WIDTH / 2)
 
 
-def _kernel_transform(v: Tensor, width: int = WIDTH) -> Tensor:
-    """Returns the kernel's Fourier transform `width / I0(beta) sinh(q) / q`, `q^2 = beta^2 - (pi width v)^2 > 0`."""
-    beta = _shape(width)
-    q = (beta**2 - (math.pi * width * v).square()).sqrt()
-    return width * q.sinh() / q / torch.special.i0(torch.tensor(beta, dtype=v.dtype))
+def _kernel_transform(v: Tensor) -> Tensor:
+    """Returns the kernel's Fourier transform `WIDTH / I0(beta) sinh(q) / q`, `q^2 = beta^2 - (pi WIDTH v)^2 > 0`."""
+    q = (BETA**2 - (math.pi * WIDTH * v).square()).sqrt()
+    return WIDTH * q.sinh() / q / torch.special.i0(torch.tensor(BETA, dtype=v.dtype))
 
 
 def _apodisation(num: int) -> Tensor:

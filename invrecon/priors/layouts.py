@@ -256,9 +256,6 @@ class Windowed(OverlapAverage):
         patch_size: `P` in pixels; that of the prior by default.
     """
 
-    def __init__(self, stride: int | None = None, patch_size: int | None = None) -> None:
-        super().__init__(stride, patch_size)
-
     def window(self, patch_size: int) -> Tensor:
         """Returns `h`, positive everywhere."""
         return torch.sin(torch.pi * (torch.arange(patch_size, dtype=torch.float64) + 0.5) / patch_size).square()

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from jsonargparse import ArgumentParser
 
 from benchmarks import _common, generation
+from benchmarks._methods import load_parts
 from invrecon.errors import InputError
 from invrecon.methods import Method
 from invrecon.shared import find_shared
@@ -80,9 +80,7 @@ def test_a_grid_is_seen_in_the_images_that_have_it() -> None:
 
 def test_the_sampler_is_that_of_the_shipped_configuration() -> None:
     settings = yaml.safe_load(find_shared("generate_ct", "configs", ".yaml").read_text())["model"]["init_args"]
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--method", type=Method)
-    shipped = parser.instantiate_classes(parser.parse_object({"method": settings["method"]})).method
+    (shipped,) = load_parts("generate_ct", method=Method)
     ours = generation.make_sampler(settings["method"]["init_args"]["schedule"]["init_args"]["num_levels"])
     assert _common.plain(ours) == _common.plain(shipped)
 

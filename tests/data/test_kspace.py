@@ -63,7 +63,7 @@ def test_fastmri_reads_what_we_write_to_the_same_arrays_as_we_do(
         assert attrs["recon_size"][:2] == ours.matrix == (matrix or (H, W))
         assert attrs["encoding_size"] == (H, W, 1) and (attrs["padding_left"], attrs["padding_right"]) == (0, W)
         assert attrs["acquisition"] == "AXT2"
-    assert ours.maximum == pytest.approx(max(float(theirs[i][2].max()) for i in range(N)))
+    assert ours.metadata["max"] == pytest.approx(max(float(theirs[i][2].max()) for i in range(N)))
     assert ours.voxel_mm == (5.0, 1.0, 1.0)
 
 

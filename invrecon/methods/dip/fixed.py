@@ -13,7 +13,7 @@ from invrecon.methods.dip.fit import NetworkFit, NetworkInput
 from invrecon.methods.dip.measurement import CaseData, check_image
 from invrecon.methods.dip.network import FittedNetwork
 from invrecon.methods.dip.stopping import StoppingRule
-from invrecon.methods.start import BaselineStart, Start
+from invrecon.methods.start import Start
 
 
 class FixedInput(NetworkInput):
@@ -114,7 +114,7 @@ class ReferenceDIP(NetworkFit):
         clip: tuple[float, float] | None = None,
     ) -> None:
         super().__init__(network, num_iterations, learning_rate, stop, averaging, clip)
-        self.reference = BaselineStart() if reference is None else reference
+        self.reference = reference
 
     def input(self, data: CaseData, prior: CountingPrior | None, generator: torch.Generator) -> NetworkInput:
         """Returns the reference."""
@@ -172,7 +172,7 @@ class SelfGuidedDIP(NetworkFit):
             )
         self.weight, self.noise, self.num_noises = float(weight), float(noise), num_noises
         self.input_learning_rate = float(input_learning_rate)
-        self.start = BaselineStart() if start is None else start
+        self.start = start
 
     def input(self, data: CaseData, prior: CountingPrior | None, generator: torch.Generator) -> NetworkInput:
         """Returns the input that is learned."""
@@ -204,13 +204,13 @@ class _LearnedInput(FixedInput):
 
 
 @torch.no_grad()
-def first_image(start: Start, data: CaseData, generator: torch.Generator, what: str) -> Tensor:
-    """Returns the image with which a fit begins, made of the rows that it sees.
+def first_image(start: Start | None, data: CaseData, generator: torch.Generator, what: str) -> Tensor:
+    """Returns the image with which a fit begins, made of the rows that it sees; by default their direct inverse.
 
     Raises:
         InputError: It is no image of the operator.
     """
-    if type(start) is BaselineStart:
+    if start is None:
         return data.baseline
     x = start(data.fitted_y, data.fitted_operator, 0.0, [generator])
     return check_image(x.to(data.y), data.operator, what)

@@ -17,7 +17,7 @@ from invrecon.methods.dip.network import FittedNetwork
 from invrecon.methods.dip.stopping import StoppingRule
 from invrecon.methods.sampling import check_ladder, diffuse
 from invrecon.methods.schedule import GeometricSchedule, KarrasSchedule
-from invrecon.methods.start import BaselineStart, Start
+from invrecon.methods.start import Start
 from invrecon.methods.transitions import DDIM, Transition
 from invrecon.rng import Generators, randn
 
@@ -103,7 +103,7 @@ class ASeqDIP(NetworkFit):
                 f"{type(self).__name__} needs weight >= 0 and num_inner >= 1, got {weight} and {num_inner}."
             )
         self.weight, self.num_inner = float(weight), num_inner
-        self.start = BaselineStart() if start is None else start
+        self.start = start
 
     def input(self, data: CaseData, prior: CountingPrior | None, generator: torch.Generator) -> NetworkInput:
         """Returns the input that follows the output."""
