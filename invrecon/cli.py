@@ -226,8 +226,7 @@ class SameRun(lightning.Callback):
     """
 
     def __init__(self, settings: dict[str, Any], strict: bool) -> None:
-        self.settings = {key: value for key, value in settings.items() if not key.endswith(".num_workers")}
-        self.strict = strict
+        self.settings, self.strict = settings, strict
 
     def state_dict(self) -> dict[str, Any]:
         """Keeps the settings in the checkpoint."""

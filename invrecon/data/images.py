@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
+from invrecon.data.augmentation import Augmentation
 from invrecon.data.hdf5 import HDF5_SUFFIXES, brief, list_datasets, open_hdf5, text_of
 from invrecon.data.intensity import RGB
 from invrecon.data.training import PriorTraining, held_out_names
@@ -234,8 +235,8 @@ class ImageTraining(PriorTraining):
         batches_per_epoch: Steps between validations.
         validation_batches: Fixed batches in a validation.
         seed: Seed of crops, order, places and noise.
-        num_workers: Worker processes that draw patches.
         licence: Licence of the data, for the prior's card.
+        augmentation: Changes the training images at random, each patch anew; None shows them as they are.
     """
 
     def __init__(
@@ -252,12 +253,12 @@ class ImageTraining(PriorTraining):
         batches_per_epoch: int = 250,
         validation_batches: int = 8,
         seed: int = 0,
-        num_workers: int = 0,
         licence: str = "not stated",
+        augmentation: Augmentation | None = None,
     ) -> None:
         super().__init__(
             size, patch_sizes, probabilities, pad, pixels_per_batch, batches_per_epoch, validation_batches, seed,
-            num_workers,
+            augmentation,
         )  # fmt: skip
         if num_crops < 1:
             raise InputError(f"data.num_crops is {num_crops}, expected at least 1.")

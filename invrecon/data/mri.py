@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from invrecon.data.augmentation import Augmentation
 from invrecon.data.cases import Case
 from invrecon.data.hdf5 import HDF5_SUFFIXES, open_hdf5, text_of
 from invrecon.data.kspace import (
@@ -189,8 +190,8 @@ class MRITraining(PriorTraining):
         batches_per_epoch: Steps between validations.
         validation_batches: Fixed batches in a validation.
         seed: Seed of phases, order, places and noise.
-        num_workers: Worker processes that draw patches.
         licence: Licence of the data, for the prior's card.
+        augmentation: Changes the training images at random, each patch anew; None shows them as they are.
     """
 
     def __init__(
@@ -207,12 +208,12 @@ class MRITraining(PriorTraining):
         batches_per_epoch: int = 250,
         validation_batches: int = 8,
         seed: int = 0,
-        num_workers: int = 0,
         licence: str = "not stated",
+        augmentation: Augmentation | None = None,
     ) -> None:
         super().__init__(
             size, patch_sizes, probabilities, pad, pixels_per_batch, batches_per_epoch, validation_batches, seed,
-            num_workers,
+            augmentation,
         )  # fmt: skip
         if num_phases < 1:
             raise InputError(f"data.num_phases is {num_phases}, expected at least 1.")

@@ -16,15 +16,16 @@ import lightning
 import torch
 import torch.nn.functional as nnf
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset
 
+from invrecon.data.augmentation import Augmentation, Changes
 from invrecon.data.couches import AIR, draw_couch
 from invrecon.data.intensity import Intensity
 from invrecon.data.measurement import is_measurement
 from invrecon.data.phantoms import ellipse_phantom
 from invrecon.data.volumes import find_volumes, read_volume
 from invrecon.errors import InputError
-from invrecon.priors.patch import cut_patches
+from invrecon.priors.patch import cut_patches, patch_positions
 from invrecon.rng import make_generator
 
 
@@ -43,6 +44,28 @@ class PatchBatch(NamedTuple):
     key: str
 
 
+class PatchPlan(NamedTuple):
+    """Where the patches of a batch are cut: few numbers, drawn anywhere; the patches are cut where the images are.
+
+    Attributes:
+        image: Which one, `(n,)`.
+        top: First row, `(n,)`; negative in the padding.
+        left: First column, `(n,)`.
+        patch_size: `P`.
+        key: As of `PatchBatch`.
+        held_out: Whether the images are those that validate.
+        changes: What is done to each image first, or None.
+    """
+
+    image: Tensor
+    top: Tensor
+    left: Tensor
+    patch_size: int
+    key: str
+    held_out: bool = False
+    changes: Changes | None = None
+
+
 class PatchSampler:
     """Draws patches of random size and place from a stack of zero-padded images (PaDIS, section 3.3).
 
@@ -56,6 +79,8 @@ class PatchSampler:
         probabilities: Of each size.
         pad: Width of the zero border in pixels.
         pixels_per_batch: Target number of pixels.
+        augmentation: Changes the images at random; None shows them as they are.
+        held_out: Whether these are the images that validate.
     """
 
     def __init__(
@@ -66,8 +91,11 @@ class PatchSampler:
         probabilities: list[float],
         pad: int,
         pixels_per_batch: int,
+        augmentation: Augmentation | None = None,
+        held_out: bool = False,
     ) -> None:
         self.images, self.encode = images, encode
+        self.augmentation, self.held_out = augmentation, held_out
         self.patch_sizes, self.probabilities = patch_sizes, torch.tensor(probabilities, dtype=torch.float)
         self.pad, self.pixels_per_batch = pad, pixels_per_batch
 
@@ -75,24 +103,39 @@ class PatchSampler:
         """Patches of a size in a batch."""
         return max(1, round(self.pixels_per_batch / patch_size**2))
 
-    def draw(self, generator: torch.Generator, key: str, patch_size: int | None = None) -> PatchBatch:
-        """Returns a batch of one patch size, drawn by its probability unless given."""
+    def plan(self, generator: torch.Generator, key: str, patch_size: int | None = None) -> PatchPlan:
+        """Draws the places of a batch of one patch size, drawn by its probability unless given."""
         if patch_size is None:
             choice = torch.multinomial(self.probabilities, 1, generator=generator)
             patch_size = self.patch_sizes[int(choice)]
         n, (H, W) = self.num_patches(patch_size), self.images.shape[-2:]
-        index = torch.randint(len(self.images), (n,), generator=generator)
+        image = torch.randint(len(self.images), (n,), generator=generator)
         frame = (H + 2 * self.pad, W + 2 * self.pad)
         top, left = (torch.randint(f - patch_size + 1, (n,), generator=generator) - self.pad for f in frame)
-        values, inside, position = cut_patches(self.images, index, top, left, patch_size)
-        return PatchBatch(self.encode(values) * inside, position, key)
+        changes = None if self.augmentation is None else self.augmentation.draw(n, generator)
+        return PatchPlan(image, top, left, patch_size, key, self.held_out, changes)
+
+    def cut(self, plan: PatchPlan) -> PatchBatch:
+        """Returns the patches of a plan, on its device; the images move there once."""
+        if self.images.device != plan.image.device:
+            self.images = self.images.to(plan.image.device)
+        place, size = (plan.image, plan.top, plan.left), plan.patch_size
+        if plan.changes is None or self.augmentation is None:
+            values, inside, position = cut_patches(self.images, *place, size)
+            return PatchBatch(self.encode(values) * inside, position, plan.key)
+        x = self.augmentation.apply(self.images, self.encode, place, size, plan.changes, plan.key)
+        return PatchBatch(x, patch_positions(self.images.shape[-2:], plan.top, plan.left, size), plan.key)
+
+    def draw(self, generator: torch.Generator, key: str, patch_size: int | None = None) -> PatchBatch:
+        """Returns a batch of one patch size, drawn by its probability unless given."""
+        return self.cut(self.plan(generator, key, patch_size))
 
 
 class PatchStream(IterableDataset):
-    """The batches of one epoch, starting where the training stands.
+    """The plans of one epoch's batches, starting where the training stands.
 
     Args:
-        sampler: Draws a batch.
+        sampler: Draws a plan.
         seed: The run's seed.
         rank: This process's rank.
         num_batches: Batches an epoch.
@@ -105,21 +148,18 @@ class PatchStream(IterableDataset):
     def __len__(self) -> int:
         return self.num_batches
 
-    def __iter__(self) -> Iterator[PatchBatch]:
+    def __iter__(self) -> Iterator[PatchPlan]:
         start = self.position()
-        end = (start // self.num_batches + 1) * self.num_batches
-        worker = get_worker_info()
-        first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        for step in range(start + first, end, stride):
+        for step in range(start, (start // self.num_batches + 1) * self.num_batches):
             key = f"{step}/{self.rank}"
-            yield self.sampler.draw(make_generator(self.seed, "patches", key), key)
+            yield self.sampler.plan(make_generator(self.seed, "patches", key), key)
 
 
 class FixedBatches(IterableDataset):
     """The same batches every time, for validation, shared out over the ranks.
 
     Args:
-        sampler: Draws a batch.
+        sampler: Draws a plan.
         num_batches: Batches in all.
         rank: This process's rank.
         num_ranks: Number of processes.
@@ -128,13 +168,13 @@ class FixedBatches(IterableDataset):
     def __init__(self, sampler: PatchSampler, num_batches: int, rank: int, num_ranks: int) -> None:
         self.sampler, self.num_batches, self.rank, self.num_ranks = sampler, num_batches, rank, num_ranks
 
-    def __iter__(self) -> Iterator[PatchBatch]:
+    def __iter__(self) -> Iterator[PatchPlan]:
         for first in range(0, self.num_batches, self.num_ranks):
             # Every rank gets as many, for each batch is a collective under DDP: what is too many has no key.
             step = first + self.rank
             key = f"validation/{step}"
-            batch = self.sampler.draw(make_generator(0, key), key, self.sampler.patch_sizes[0])
-            yield batch if step < self.num_batches else batch._replace(key="")
+            plan = self.sampler.plan(make_generator(0, key), key, self.sampler.patch_sizes[0])
+            yield plan if step < self.num_batches else plan._replace(key="")
 
 
 class PriorTraining(lightning.LightningDataModule, ABC):
@@ -149,7 +189,7 @@ class PriorTraining(lightning.LightningDataModule, ABC):
         batches_per_epoch: Steps between validations.
         validation_batches: Fixed batches in a validation.
         seed: Seed of order, places and noise.
-        num_workers: Worker processes that draw patches; 0 draws in the training process.
+        augmentation: Changes the training images at random; None shows them as they are.
     """
 
     def __init__(
@@ -162,7 +202,7 @@ class PriorTraining(lightning.LightningDataModule, ABC):
         batches_per_epoch: int,
         validation_batches: int,
         seed: int,
-        num_workers: int,
+        augmentation: Augmentation | None = None,
     ) -> None:
         super().__init__()
         lengths_agree = len(patch_sizes) == len(probabilities) > 0
@@ -183,7 +223,7 @@ class PriorTraining(lightning.LightningDataModule, ABC):
             )
         self.size, self.patch_sizes, self.probabilities, self.pad = size, patch_sizes, probabilities, pad
         self.pixels_per_batch, self.batches_per_epoch = pixels_per_batch, batches_per_epoch
-        self.validation_batches, self.seed, self.num_workers = validation_batches, seed, num_workers
+        self.validation_batches, self.seed, self.augmentation = validation_batches, seed, augmentation
         self.intensity = Intensity()
         self.train_names: list[str] = []
         self._train: PatchSampler | None = None
@@ -204,7 +244,14 @@ class PriorTraining(lightning.LightningDataModule, ABC):
             return
         train, validation, encode = self.load()
         shared = (encode, self.patch_sizes, self.probabilities, self.pad, self.pixels_per_batch)
-        self._train, self._validation = PatchSampler(train, *shared), PatchSampler(validation, *shared)
+        self._train = PatchSampler(train, *shared, self.augmentation)
+        self._validation = PatchSampler(validation, *shared, held_out=True)
+
+    def on_after_batch_transfer(self, batch: PatchPlan, dataloader_idx: int) -> PatchBatch:
+        """Cuts the patches, on the device that the plan was moved to."""
+        sampler = self._validation if batch.held_out else self._train
+        assert sampler is not None
+        return sampler.cut(batch)
 
     def measure_sigma_data(self) -> float:
         """Returns the standard deviation of 16 batches of training patches of the largest size, intensity units."""
@@ -222,14 +269,14 @@ class PriorTraining(lightning.LightningDataModule, ABC):
         return self.trainer.global_step * self.trainer.accumulate_grad_batches if self.trainer else 0
 
     def train_dataloader(self) -> DataLoader:
-        """Batches as a function of (seed, rank, step)."""
+        """Plans of batches as a function of (seed, rank, step)."""
         assert self._train is not None
         rank = self.trainer.global_rank if self.trainer else 0
         stream = PatchStream(self._train, self.seed, rank, self.batches_per_epoch, self._batches_seen)
-        return DataLoader(stream, batch_size=None, num_workers=self.num_workers)
+        return DataLoader(stream, batch_size=None)
 
     def val_dataloader(self) -> DataLoader:
-        """The same patches every time."""
+        """Plans of the same patches every time."""
         assert self._validation is not None
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return DataLoader(FixedBatches(self._validation, self.validation_batches, rank, ranks), batch_size=None)
@@ -268,12 +315,12 @@ class CTTraining(PriorTraining):
         batches_per_epoch: Steps between validations.
         validation_batches: Fixed batches in a validation.
         seed: Seed of order, places and noise.
-        num_workers: Worker processes that draw patches.
         licence: Licence of the data, for the prior's card.
         zooms: Every training slice is seen at each of these scales, shrunk towards the centre of a frame of air:
             scanners' fields of view differ, and a prior that has seen one pixel size only reconstructs another worse.
         couches: Share of these training images that get a random couch under the patient (`draw_couch`): a prior
             that has seen few takes another one for air.
+        augmentation: Changes these images at random, each patch anew; None shows them as they are.
     """
 
     def __init__(
@@ -289,14 +336,14 @@ class CTTraining(PriorTraining):
         batches_per_epoch: int = 250,
         validation_batches: int = 8,
         seed: int = 0,
-        num_workers: int = 0,
         licence: str = "not stated",
         zooms: list[float] = [1.0],  # noqa: B006
         couches: float = 0.0,
+        augmentation: Augmentation | None = None,
     ) -> None:
         super().__init__(
             size, patch_sizes, probabilities, pad, pixels_per_batch, batches_per_epoch, validation_batches, seed,
-            num_workers,
+            augmentation,
         )  # fmt: skip
         if not zooms or not all(0 < zoom <= 1 for zoom in zooms):
             raise InputError(f"data.zooms is {zooms}, expected a list of scales in (0, 1], such as [1.0, 0.7].")
@@ -400,7 +447,6 @@ class EllipseTraining(PriorTraining):
         batches_per_epoch: Steps between validations.
         validation_batches: Fixed batches in a validation.
         seed: Seed of phantoms, order, places and noise.
-        num_workers: Worker processes that draw patches.
     """
 
     licence = "none: synthetic"
@@ -417,12 +463,10 @@ class EllipseTraining(PriorTraining):
         batches_per_epoch: int = 250,
         validation_batches: int = 8,
         seed: int = 0,
-        num_workers: int = 0,
     ) -> None:
         super().__init__(
-            size, patch_sizes, probabilities, pad, pixels_per_batch, batches_per_epoch, validation_batches, seed,
-            num_workers,
-        )  # fmt: skip
+            size, patch_sizes, probabilities, pad, pixels_per_batch, batches_per_epoch, validation_batches, seed
+        )
         self.num_phantoms, self.disk_diameter = num_phantoms, disk_diameter
 
     def load(self) -> tuple[Tensor, Tensor, Any]:

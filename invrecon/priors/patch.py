@@ -95,8 +95,13 @@ def cut_patches(
         columns.clamp(0, W - 1)[:, None, None, :],
     ]
     inside = ((rows >= 0) & (rows < H))[:, None, :, None] & ((columns >= 0) & (columns < W))[:, None, None, :]
-    position = position_map(coordinates(H, top, patch_size), coordinates(W, left, patch_size))
-    return values, inside, position
+    return values, inside, patch_positions((H, W), top, left, patch_size)
+
+
+def patch_positions(shape: Sequence[int], top: Tensor, left: Tensor, patch_size: int) -> Tensor:
+    """Returns the position channels `(n, 2, P, P)` of patches by their first rows and columns `(n,)`."""
+    H, W = shape
+    return position_map(coordinates(H, top, patch_size), coordinates(W, left, patch_size))
 
 
 class WholePrior(Prior):
@@ -179,8 +184,8 @@ class _Evaluation:
         """Returns patches `G_c u` `(n, C, P, P)`, their noise levels `(n,)` and positions `(n, 2, P, P)`."""
         places, (H, W) = self.places[chunk], self.shape
         patches = self.frames.flatten()[self._pixels(self.places.frame, chunk)]
-        rows, columns = coordinates(H, places.top, self.patch_size), coordinates(W, places.left, self.patch_size)
-        return patches, self.sigma[places.frame], position_map(rows, columns)
+        position = patch_positions((H, W), places.top, places.left, self.patch_size)
+        return patches, self.sigma[places.frame], position
 
     def pull(self, canvas: Tensor, chunk: slice) -> Tensor:
         """Returns `W_c G_c v` of the images on a canvas, `(n, C, P, P)`."""

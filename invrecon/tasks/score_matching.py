@@ -118,11 +118,12 @@ class ScoreMatching(lightning.LightningModule):
     def losses(self, denoiser: EDMDenoiser, batch: PatchBatch) -> tuple[Tensor, Tensor]:
         """Returns noise levels `(n,)` and the weighted squared error of each patch `(n,)`.
 
-        Levels and noise are drawn from (seed, batch key) alone.
+        Levels and noise are drawn from (seed, batch key) alone; noise on the device, where it is needed.
         """
-        generator = make_generator(self.seed, "noise", batch.key)
-        sigma = self.proposal.sample(len(batch.x), generator).to(batch.x)
-        noise = torch.randn(batch.x.shape, generator=generator).to(batch.x)
+        sigma = self.proposal.sample(len(batch.x), make_generator(self.seed, "level", batch.key)).to(batch.x)
+        device = batch.x.device
+        generator = torch.Generator(device).manual_seed(derive_seed(self.seed, "noise", batch.key))
+        noise = torch.randn(batch.x.shape, generator=generator, device=device)
         return sigma, denoiser.denoising_losses(batch.x, sigma, noise, batch.position)
 
     def training_step(self, batch: PatchBatch, batch_index: int) -> Tensor:

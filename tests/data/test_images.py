@@ -190,7 +190,7 @@ def test_crops_are_mirrored_half_of_the_time() -> None:
 
 def test_batches_of_colour_patches(folder: Path) -> None:
     data = tiny_training(folder)
-    batch = next(iter(data.train_dataloader()))
+    batch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
     assert batch.x.shape == (32, 3, 8, 8) and batch.position.shape == (32, 2, 8, 8)
     outside = (batch.position.abs() > 1).any(dim=1, keepdim=True).expand(batch.x.shape)
     assert outside.any() and not batch.x[outside].any()

@@ -243,7 +243,7 @@ def test_training_slices_are_magnitudes_with_smooth_phases(volumes: Path) -> Non
     again = MRITraining(str(volumes), size=SIZE, num_phases=2, **SMALL).load()[0]
     assert torch.equal(train, again)
     data.setup()
-    patch = next(iter(data.train_dataloader()))
+    patch = data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0)
     assert patch.x.shape[1:] == (2, 8, 8) and patch.x.min() < 0
     assert data.measure_sigma_data() > 0.05
 

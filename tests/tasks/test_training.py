@@ -51,7 +51,7 @@ def test_loss_falls_and_denoising_beats_the_identity(trained: tuple[Path, ScoreM
     folder, model, _ = trained
     data = make_data(pixels_per_batch=2048)
     data.setup()
-    batches = list(data.val_dataloader())
+    batches = [data.on_after_batch_transfer(plan, 0) for plan in data.val_dataloader()]
     fresh = make_model()
     fresh.denoiser.sigma_data.copy_(model.ema.sigma_data)
 
@@ -247,7 +247,8 @@ def test_two_processes_agree_and_share_the_data(tmp_path: Path, root: Path) -> N
     model, data = make_model(), make_data(validation_batches=3)
     data.setup()
     with torch.no_grad():
-        pairs = [model.losses(prior.denoiser, batch) for batch in data.val_dataloader()]
+        batches = (data.on_after_batch_transfer(plan, 0) for plan in data.val_dataloader())
+        pairs = [model.losses(prior.denoiser, batch) for batch in batches]
     sigma, losses = (torch.cat(parts) for parts in zip(*pairs))
     for report in reports:
         assert report["figures"]["validation/loss"] == pytest.approx(float(losses.mean()), rel=1e-5)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from invrecon.data.augmentation import Augmentation
 from invrecon.data.couches import draw_couch
 from invrecon.data.training import CTTraining, PatchBatch, PatchStream, zoom_out
 from invrecon.errors import InputError
@@ -26,7 +27,8 @@ def equal_batches(a: PatchBatch, b: PatchBatch) -> bool:
 def test_batches_are_a_function_of_seed_rank_and_step_alone() -> None:
     data = make_data()
     data.setup()
-    stream = lambda seed, rank, start: list(PatchStream(data._train, seed, rank, 5, lambda: start))  # noqa: E731
+    cut = data._train.cut
+    stream = lambda seed, rank, start: [*map(cut, PatchStream(data._train, seed, rank, 5, lambda: start))]  # noqa: E731
     epoch = stream(0, 0, 5)
     assert len(epoch) == 5
     assert all(map(equal_batches, epoch[3:], stream(0, 0, 8)))  # resumed in the middle of an epoch
@@ -34,13 +36,6 @@ def test_batches_are_a_function_of_seed_rank_and_step_alone() -> None:
     for other in (stream(1, 0, 5), stream(0, 1, 5), stream(0, 0, 10)):
         assert not any(a.x.shape == b.x.shape and torch.equal(a.x, b.x) for a, b in zip(epoch, other))
     assert len({batch.key for rank in (0, 1) for start in (0, 5) for batch in stream(0, rank, start)}) == 20
-
-
-def test_worker_processes_draw_the_same_batches() -> None:
-    alone, shared = make_data(), make_data(num_workers=2)
-    for data in (alone, shared):
-        data.setup()
-    assert all(map(equal_batches, alone.train_dataloader(), shared.train_dataloader()))
 
 
 def test_patches_are_cut_from_the_padded_image_at_their_positions() -> None:
@@ -214,3 +209,18 @@ def test_a_share_of_the_training_images_gets_a_couch_and_no_validation_image(sca
     assert all(torch.equal(x[1], none[1]) for x in (half, all_))
     with pytest.raises(InputError, match="couches"):
         CTTraining(str(folder), couches=1.5)
+
+
+def test_augmentation_mirrors_the_training_images_and_not_those_that_validate() -> None:
+    plain, mirrored = make_data(), make_data()
+    mirrored.augmentation = Augmentation(flip=1.0, warp=0.0, texture=0.0)
+    for data in (plain, mirrored):
+        data.setup()
+    own = [[data.on_after_batch_transfer(plan, 0) for plan in data.val_dataloader()] for data in (plain, mirrored)]
+    assert all(map(equal_batches, *own))
+    plan = next(iter(mirrored.train_dataloader()))
+    changed = mirrored.on_after_batch_transfer(plan, 0)
+    size, side = plan.patch_size, mirrored.size
+    opposite = plan._replace(left=side - size - plan.left, changes=None)
+    assert torch.allclose(changed.x, plain.on_after_batch_transfer(opposite, 0).x.flip(-1), atol=1e-4)
+    assert torch.equal(changed.position, plain.on_after_batch_transfer(plan._replace(changes=None), 0).position)
