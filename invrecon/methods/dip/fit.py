@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -229,15 +230,15 @@ class NetworkFit(Method):
             difference = data.operator(x) - data.y
             misfit = data.misfit(difference)
             loss = misfit + given.penalty(x)
-            if not torch.isfinite(loss):
-                raise InputError(
-                    f"{type(self).__name__} diverged: at iteration {iteration} of {self.num_iterations} the network "
-                    f"gives NaN or Inf; lower learning_rate (it is {self.learning_rate:g})."
-                )
             # A is linear: what the average explains is the average of what the outputs explain.
             image = self._average(image, x, iteration)
             residual = self._average(residual, difference, iteration)
             over = self._judge(iteration, image, residual, monitor, curve, data)
+            if not math.isfinite(curve.misfit[-1]):  # at hand already: a GPU is waited for at every number asked of it
+                raise InputError(
+                    f"{type(self).__name__} diverged: at iteration {iteration} of {self.num_iterations} the network "
+                    f"gives NaN or Inf; lower learning_rate (it is {self.learning_rate:g})."
+                )
             if on_iterate is not None:
                 on_iterate(Iterate(case, iteration, image, curve.misfit[-1], monitor.value))
             if over:

@@ -191,7 +191,7 @@ class _LearnedInput(FixedInput):
         """Returns the mean over the draws of `s f(z + eta)`."""
         shape = (self.plan.num_noises, *self.z.shape[1:])
         uniform = torch.rand(shape, generator=self.generator, dtype=self.z.dtype).to(self.z.device)
-        amplitude = self.plan.noise * float(self.z.detach().abs().max())
+        amplitude = self.plan.noise * self.z.detach().abs().max()
         return self.scale * network(self.z + amplitude * (2 * uniform - 1)).mean(dim=0, keepdim=True)
 
     def penalty(self, x: Tensor) -> Tensor | float:
