@@ -49,6 +49,7 @@ TEST_SLICES, FEW_SLICES = "10:90:5", "10,35,60,85"
 # so a field of 500 mm.
 NATIVE_VOXEL_MM = (3.0, 0.9766, 0.9766)
 METRICS = ("psnr", "ssim", "psnr_body", "relative_residual")
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -122,20 +123,41 @@ def plain(value: Any) -> Any:
 file_hash = cache(sha256)
 
 
-def machine(threads: int) -> dict[str, Any]:
+def choose_device(name: str) -> torch.device:
+    """Returns the device of that name; `auto` is a GPU where there is one.
+
+    Raises:
+        InputError: There is no GPU.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device is cuda, but torch finds no GPU: use --device cpu, or auto.")
+    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
+
+
+def synchronize() -> None:
+    """Waits until a GPU has done what it was given, so that a clock sees all of it."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def machine(threads: int, device: torch.device = CPU) -> dict[str, Any]:
     """Sets the number of threads; returns what a reader needs to judge the times."""
     torch.set_num_threads(threads)
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return {"processor": name, "threads": threads, **versions, "device": device.type}
     processor = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
-    return {"processor": processor, "threads": threads, "torch": torch.__version__, "python": platform.python_version()}
+    return {"processor": processor, "threads": threads, **versions}  # of CPUs: with more, no old row would be found
 
 
 def describe_machine(facts: Mapping[str, Any]) -> str:
     """Returns the machine as a line."""
-    threads = f"{facts['threads']} thread{'s' * (facts['threads'] != 1)}"
-    return f"{facts['processor']}, {threads}, torch {facts['torch']}, Python {facts['python']}"
+    threads = "" if "device" in facts else f", {facts['threads']} thread{'s' * (facts['threads'] != 1)}"
+    return f"{facts['processor']}{threads}, torch {facts['torch']}, Python {facts['python']}"
 
 
 @dataclass(frozen=True)
@@ -163,7 +185,7 @@ class Entry:
 
 @dataclass
 class Bench:
-    """Runs methods on settings and keeps their rows.
+    """Runs methods on settings, on the device of its record, and keeps their rows.
 
     Attributes:
         record: Where rows are kept.
@@ -188,13 +210,19 @@ class Bench:
 
     def task(self, setting: Setting, entry: Entry, precision: str | None = None) -> Reconstruction:
         """Returns the task that measures and reconstructs; matrix and norm are made here, outside of any timing."""
-        operator = self.operator(setting)
+        operator = self.operator(setting).to(self.record.device)
         operator.norm()
         prior = entry.prior if entry.method.needs_prior else None
         shared = (setting.noise, prior, precision or self.precision, self.seed)
         if entry.adaptation is None:
-            return Reconstruction(operator, entry.method, *shared, layout=make_layout(entry.layout))
-        return TestTimeAdaptation(operator, entry.method, entry.adaptation, *shared, suitability=entry.suitability)
+            task = Reconstruction(operator, entry.method, *shared, layout=make_layout(entry.layout))
+        else:
+            task = TestTimeAdaptation(operator, entry.method, entry.adaptation, *shared, suitability=entry.suitability)
+        return task.to(self.record.device)
+
+    def reconstruct(self, setting: Setting, entry: Entry, batch: CaseBatch) -> Result:
+        """Returns the result of a batch, which may be on any device; its tensors are on the record's."""
+        return self.task(setting, entry).reconstruct(batch.to(self.record.device))
 
     def identity(
         self,
@@ -240,7 +268,7 @@ class Bench:
         found = self.find(setting, entry, batch)
         if found is not None:
             return found
-        result = self.task(setting, entry).reconstruct(batch)
+        result = self.reconstruct(setting, entry, batch)
         stats = result.estimate.stats
         solver = {k: v for k in ("num_iterations", "relative_gap") if isinstance(v := stats.get(k), list)}
         rows = [
@@ -273,10 +301,11 @@ def trace_columns(result: Result) -> list[Row]:
     if result.traces is None:
         return [{} for _ in result.rows]
     assert result.reference is not None
+    reference = result.reference.cpu()
     return [
         {
             "psnr_trace": [
-                None if step.image is None else psnr(step.image[None], result.reference[b : b + 1]).item()
+                None if step.image is None else psnr(step.image[None].cpu(), reference[b : b + 1]).item()
                 for step in trace.steps
             ],
             "held_out_trace": [step.held_out_loss for step in trace.steps],
@@ -312,11 +341,13 @@ def interleave(runs: Mapping[str, Callable[[], object]], repeats: int, warmup: i
     for run in runs.values():
         for _ in range(warmup):
             run()
+    synchronize()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
             start = time.perf_counter()
             run()
+            synchronize()
             seconds[name].append(time.perf_counter() - start)
     return seconds
 
@@ -352,11 +383,13 @@ def progress(text: str) -> None:
     print(f"  {text}", flush=True)
 
 
-def make_parser(doc: str | None) -> argparse.ArgumentParser:
-    """Returns a parser with the options that all benchmarks have."""
+def make_parser(doc: str | None, device: bool = True) -> argparse.ArgumentParser:
+    """Returns a parser with the options that all benchmarks have; `device` of those that can use a GPU."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file to write; a file of an earlier run is continued")
     parser.add_argument("--threads", type=int, default=2)
+    if device:
+        parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="cpu", help="auto: a GPU if any")
     return parser
 
 
@@ -372,10 +405,12 @@ def make_quality_parser(doc: str | None, slices: str) -> argparse.ArgumentParser
 
 
 def start(arguments: argparse.Namespace, benchmark: str) -> Record:
-    """Sets the threads, prints the machine and opens the record."""
-    facts = machine(arguments.threads)
+    """Sets the threads, prints the machine and opens the record, with what `--merge` names."""
+    facts = machine(arguments.threads, choose_device(getattr(arguments, "device", "cpu")))
     print(describe_machine(facts), flush=True)
-    return Record(arguments.json, benchmark, facts, getattr(arguments, "redo", False))
+    record = Record(arguments.json, benchmark, facts, getattr(arguments, "redo", False))
+    record.merge(getattr(arguments, "merge", ()))
+    return record
 
 
 def run(main: Callable[[], None]) -> None:

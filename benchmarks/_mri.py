@@ -114,7 +114,7 @@ class MRIBench(Bench):
         prior = entry.prior if entry.method.needs_prior else None
         physics = CartesianMRI(self.size)  # its mask, coils and, if measured, size come with the case
         common = (physics, entry.method, setting.noise, prior, precision or self.precision, self.seed)
-        return VolumeReconstruction(setting.maximum, *common)
+        return VolumeReconstruction(setting.maximum, *common).to(self.record.device)
 
     def operator(self, setting: Setting) -> LinearOperator:
         """Returns the physics without what comes with the case."""

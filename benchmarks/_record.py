@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from invrecon.errors import InputError
 from invrecon.files import write_json
 
 Row = dict[str, Any]
+
+
+def read_record(path: Path, benchmark: str) -> Row:
+    """Returns the content of a record.
+
+    Raises:
+        InputError: The file is not a record of this benchmark.
+    """
+    try:
+        content: Row = json.loads(path.read_text())
+        if content["benchmark"] != benchmark or not isinstance(content["parts"], dict):
+            raise ValueError(content["benchmark"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"'{path}' is no record of the benchmark '{benchmark}': name another file.") from error
+    return content
 
 
 class Record:
@@ -19,7 +36,7 @@ class Record:
     Args:
         path: The file, or None to keep nothing.
         benchmark: Name of the benchmark, which the file must be of.
-        facts: The machine.
+        facts: The machine; `device` where it is no CPU that computes.
         redo: Whether to compute again what is there.
 
     Raises:
@@ -31,15 +48,25 @@ class Record:
         self.parts: dict[str, Row] = {}
         self.kept: set[str] = set()  # parts of an earlier run that count
         if path is not None and path.is_file():
-            try:
-                content = json.loads(path.read_text())
-                if content["benchmark"] != benchmark:
-                    raise ValueError(content["benchmark"])
-                self.parts = content["parts"]
-            except (ValueError, LookupError, TypeError) as error:
-                raise InputError(f"'{path}' is no record of the benchmark '{benchmark}': name another file.") from error
+            self.parts = read_record(path, benchmark)["parts"]
             self.kept = set() if redo else set(self.parts)
         self.content: Row = {"benchmark": benchmark, "machine": self.machine}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the machine computes."""
+        return torch.device(self.machine.get("device", "cpu"))
+
+    def merge(self, paths: Iterable[Path]) -> None:
+        """Takes up the parts of other records of this benchmark, in place of those of the same names; writes nothing.
+
+        Raises:
+            InputError: One of them is no such record.
+        """
+        for path in paths:
+            parts = read_record(path, self.content["benchmark"])["parts"]
+            self.parts |= parts
+            self.kept |= parts.keys()
 
     def find(self, key: str, identity: str) -> Row | None:
         """Returns a part computed with the same settings, or None."""

@@ -56,7 +56,7 @@ def contestant(network: nn.Module, variant: str, tiles: Tensor, levels: Tensor) 
 
 
 def main(args: list[str] | None = None) -> None:
-    parser = _common.make_parser(__doc__)
+    parser = _common.make_parser(__doc__, device=False)
     parser.add_argument("--prior", default="patch_ct", help="prior file, or the name of a shipped one")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, metavar="VARIANT")
     parser.add_argument("--patch-size", type=int, default=56)

@@ -91,7 +91,7 @@ def judge(images: Tensor, patch_size: int, offset: int) -> list[Row]:
 def draw(task: Reconstruction, batch: CaseBatch, patch_size: int, offset: int) -> tuple[Tensor, list[Row]]:
     """Returns the samples of a batch and their rows; each sample is a case, and a patient, of its own."""
     result = task.reconstruct(batch)
-    images = result.estimate.mean
+    images = result.estimate.mean.cpu()
     rows = [
         {"case": "sample", "slice": index, "patient": name, "seconds": own["seconds"], **row}
         for index, name, own, row in zip(
@@ -134,7 +134,7 @@ def sample(
         keys = [f"{label}/{name}" for name in batch.id]
         found = [row for key in keys if (row := record.find(key, identity)) is not None]
         if len(found) < len(keys) or (options.figure and first is None):
-            task = task or make_task(contestant, options.size, options.levels, options.precision)
+            task = task or make_task(contestant, options.size, options.levels, options.precision).to(record.device)
             images, found = draw(task, batch, patch_size, offset)
             first = images if first is None else first
             record.add(dict(zip(keys, found, strict=True)), identity)

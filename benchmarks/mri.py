@@ -10,8 +10,9 @@ maps from the calibration region that is left (ESPIRiT). Lines are random and no
 five patterns at R = 4: the masks have to differ for an interval.
 
 The run continues where it was stopped: a slice whose settings, weights and data are those of the JSON is not computed
-again. Rows without a prior file are left out, and said to be. `--tune` chooses the weights below on a validation
-patient; the measured scan takes them as they are, as its images are scaled alike.
+again. Processes that run at once each have a JSON of their own, and `--merge` takes up their rows. Rows without a prior
+file are left out, and said to be. `--tune` chooses the weights below on a validation patient; the measured scan takes
+them as they are, as its images are scaled alike.
 """
 
 from __future__ import annotations
@@ -217,7 +218,7 @@ class Tables:
             (batch,) = load_batches(replace(setting, num_slices=1), 0, self.bench.size, 1)
             row_images = images[setting.title] = {}
             for row in rows:
-                result = self.bench.task(setting, self.entry(row)).reconstruct(batch)
+                result = self.bench.reconstruct(setting, self.entry(row), batch)
                 row_images[row] = batch.scale[0] * magnitude(result.estimate.mean)[0, 0]
                 if truth is None and result.reference is not None:
                     truth, first = batch.scale[0] * magnitude(result.reference)[0, 0], batch
@@ -350,6 +351,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=256, help="side of simulated images")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--redo", action="store_true", help="compute again what the JSON holds already")
+    parser.add_argument("--merge", type=Path, nargs="+", default=[], metavar="FILE", help="records to take rows from")
     parser.add_argument("--list", action="store_true", help="say what is there and what is left, compute nothing")
     parser.add_argument("--tune", action="store_true", help="tune the weights of classical methods, nothing else")
     parser.add_argument("--figure", type=Path, help="PNG of a slice, in the settings that share the first one's file")

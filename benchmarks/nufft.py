@@ -131,7 +131,7 @@ def measure(name: str, size: int, num_coils: int, repeats: int, left_out: dict[s
 
 
 def main(args: list[str] | None = None) -> None:
-    parser = _common.make_parser(__doc__)
+    parser = _common.make_parser(__doc__, device=False)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--coils", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--trajectories", nargs="+", choices=TRAJECTORIES, default=list(TRAJECTORIES))

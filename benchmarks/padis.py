@@ -32,7 +32,7 @@ def contestant(bench: Bench, method: Method, prior: str, precision: str, batch: 
     """Returns a reconstruction of the batch, without its measurement."""
     task = bench.task(SETTINGS["20-clean"], Entry("timed", method, prior), precision)
     with torch.no_grad():
-        y, operator, _ = task.measure(batch)
+        y, operator, _ = task.measure(batch.to(bench.record.device))
     assert y is not None
     return lambda: task.method(y, operator, task.prior, generators=make_generators(bench.seed, batch.id))
 
@@ -55,8 +55,10 @@ def time_all(bench: Bench, prior: str, timed: int, repeats: int, batches: list[C
             scale = {OURS: 1 / len(batch), REPO: PUBLISHED / timed, REPO_BF16: PUBLISHED / timed}
             seconds = {}
             for name, run in runs.items():
+                _common.synchronize()
                 start = time.perf_counter()
                 run()
+                _common.synchronize()
                 seconds[name] = scale[name] * (time.perf_counter() - start)
             row = {"seconds": seconds, "ratio": {name: seconds[name] / seconds[OURS] for name in (REPO, REPO_BF16)}}
             bench.record.add({f"timing/{repeat}": row}, identity)

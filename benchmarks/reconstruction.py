@@ -50,7 +50,7 @@ def draw(bench: Bench, path: Path, index: int, methods: Sequence[str], priors: d
     for name in ("20-clean", "60-clean"):
         row = images[SETTINGS[name].title] = {}
         for label in methods:
-            result = bench.task(SETTINGS[name], Entry(label, METHODS[label], priors.get(label))).reconstruct(batch)
+            result = bench.reconstruct(SETTINGS[name], Entry(label, METHODS[label], priors.get(label)), batch)
             row[label], reference = decode(result.estimate.mean[0]), result.reference
     assert reference is not None
     comparison_figure(path, images, decode(reference[0]), title=batch.id[0], voxel_mm=batch.voxel_mm[0])

@@ -72,7 +72,7 @@ def evaluate(timer: StepTimer) -> dict[str, Any]:
 
 
 def main(args: list[str] | None = None) -> None:
-    parser = _common.make_parser(__doc__)
+    parser = _common.make_parser(__doc__, device=False)
     parser.add_argument("--config", default="patch_ct.yaml")
     parser.add_argument("--steps", type=int, default=40)
     options = parser.parse_args(args)

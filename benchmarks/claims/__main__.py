@@ -1,12 +1,18 @@
 """The place where every published claim is put to the test.
 
-    python -m benchmarks.claims [--tables a,b,g] [--settings 20-clean] [--rows patch patch-em] [--list] [--threads 2]
+    python -m benchmarks.claims [--tables a,b,g] [--settings 20-clean] [--rows patch patch-em] [--list] [--device auto]
+    python -m benchmarks.claims --tables a --merge a1.json a2.json
+    python -m benchmarks.claims --page docs/claims.md
 
 A table is a class of this package; `TABLES` names it. What it finds is written beside it: `g.json` (all rows; the next
 run goes on with it), `g.md` (tables, and verdicts in words) and figures. A slice computed with the same settings,
 weights, data, threads and machine is not computed again, so that a run that was stopped goes on, and a run of a few
 rows adds to what is there. Tables that compare trainings train small networks first, once; they are kept in
 `outputs/claims/priors`. `--list` says what there is and what is left, and computes nothing.
+
+Processes may run at once, each with a record of its own (`--json`), other rows or settings and the same other options;
+`--merge` takes up their rows, computes what is missing still, and writes the report. `--page` computes nothing and
+writes the verdicts of all records on one page.
 """
 
 from __future__ import annotations
@@ -16,6 +22,7 @@ from pathlib import Path
 
 from benchmarks import _common
 from benchmarks._common import TEST_SLICES
+from benchmarks.claims._page import write_page
 from benchmarks.claims._problems import PROBLEMS
 from benchmarks.claims._run import Run
 from benchmarks.claims.table_a import MethodsTable
@@ -55,6 +62,8 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4, help="where nothing adapts")
     parser.add_argument("--figure-slice", type=int, default=50)
     parser.add_argument("--redo", action="store_true", help="compute again what the JSON holds already")
+    parser.add_argument("--merge", type=Path, nargs="+", default=[], metavar="FILE", help="records to take rows from")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write the verdicts of all tables, compute nothing")
     parser.add_argument("--training-steps", type=int, default=250, help="of small networks (times training pixels)")
     parser.add_argument("--training-pixels", type=int, default=100352, help="a step of small networks")
     parser.add_argument("--channels", type=int, default=24, help="base channels of small networks")
@@ -76,13 +85,18 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     options.tables = [name for name in chosen if TABLES[name].choose_settings(options)]
     if not options.tables:
         raise InputError(f"No table has both the rows and the settings {', '.join(options.settings or ())} asked for.")
-    if options.json is not None and len(options.tables) > 1:
-        raise InputError("--json is a file of one table: name the table by --tables.")
+    for name in ("json", "merge"):
+        if getattr(options, name) and len(options.tables) > 1:
+            raise InputError(f"--{name} is of one table: name the table by --tables.")
     return options
 
 
 def main(args: list[str] | None = None) -> None:
     options = parse(args)
+    if options.page is not None:
+        write_page(options.page, FOLDER, {name: TABLES[name].title for name in options.tables})
+        print(f"Verdicts: {options.page}")
+        return
     for name in options.tables:
         print(f"\n({name}) {TABLES[name].title}")
         table = TABLES[name](options, options.json or FOLDER / f"{name}.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -135,8 +136,13 @@ class School:
     def teach(self, lesson: Lesson) -> Path:
         """Returns the prior file of a lesson, after training it if it is not there; goes on where that was stopped."""
         path = self.path(lesson)
-        if path.is_file():
-            return path
+        if not path.is_file():
+            with alone(path.parent):
+                if not path.is_file():  # another process may just have taught it
+                    self._train(lesson, path)
+        return path
+
+    def _train(self, lesson: Lesson, path: Path) -> None:
         checkpoints = path.parent / "checkpoints"
         _common.progress(f"training {lesson}: {self.num_steps(lesson)} steps")
         torch.manual_seed(0)
@@ -145,7 +151,7 @@ class School:
         last = checkpoints / "last.ckpt"
         with quiet():
             trainer = lightning.Trainer(
-                accelerator="cpu",
+                accelerator="gpu" if self.machine.get("device") == "cuda" else "cpu",
                 devices=1,
                 precision="bf16-mixed",
                 max_steps=self.num_steps(lesson),
@@ -171,7 +177,6 @@ class School:
                 ],
             )
             trainer.fit(model, datamodule=self.data(lesson), ckpt_path=str(last) if last.is_file() else None)
-        return path
 
 
 class FewSlices(CTTraining):
@@ -208,6 +213,15 @@ def blind(network: UNet) -> UNet:
 def training_hashes() -> tuple[str, ...]:
     """Returns the hashes of the training data."""
     return tuple(_common.file_hash(_common.data_file(name)) for name in TRAINING)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Waits until no other process is at work in a folder; the system lets go of one that was killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

@@ -80,7 +80,7 @@ def recipes() -> dict[str, Recipe]:
         "patch-ct": Recipe("patch, in distribution", ours, "patch_ct"),
         "patch-em": Recipe("patch + EM", ours, "patch_ellipses", em, "patch", EM),
         "whole-em": Recipe("whole + EM", ours, "whole_ellipses", em, "whole", EM, few=True),
-        "patch-ct-em": Recipe("patch + EM, in distribution", ours, "patch_ct", em, "patch-ct", EM),
+        "patch-ct-em": Recipe("patch + EM, in distribution", ours, "patch_ct", em, "patch-ct", EM, few=True),
     }
     if em.held_out is None:  # else those rows stop by themselves
         stopped = copy.copy(em)

@@ -90,7 +90,7 @@ class AdaptationTable(Run):
             return
         images, decode = {}, Intensity().decode
         for key, recipe in zip(FIGURE, own, strict=True):
-            result = self.bench.task(setting, self.entry(key, setting)).reconstruct(batch)
+            result = self.bench.reconstruct(setting, self.entry(key, setting), batch)
             images[recipe.title], reference = decode(result.estimate.mean[0]), result.reference
         assert reference is not None
         voxel_mm = batch.voxel_mm[0]

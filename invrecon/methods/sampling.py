@@ -303,6 +303,7 @@ class UnconditionalSampler(Method):
         counted = CountingPrior(check_prior(self, prior), counter)
         if generators is None:
             generators = check_generators(None, 1 if y is None else y.shape[0])
-        x = sample_prior(counted, operator.image_shape, generators, self.schedule, self.transition, like=y)
+        like = torch.empty(0, dtype=operator.dtype, device=operator.device) if y is None else y
+        x = sample_prior(counted, operator.image_shape, generators, self.schedule, self.transition, like)
         x = x if self.clip is None else x.clamp(*self.clip)
         return Estimate(mean=x, stats={"num_evaluations": float(counter.num_calls), "num_operator_calls": 0.0})

@@ -192,7 +192,7 @@ def redundancy_weights(angles: Tensor, fan_angles: Tensor) -> Tensor:
     after = (int(gaps.argmax()) + 1) % len(angles)
     start = angles.remainder(period).sort().values[after] - typical / 2
     span = period - widest + typical
-    taper = torch.minimum(torch.as_tensor(_TAPER, dtype=span.dtype), span / 2)
+    taper = (span / 2).clamp(max=_TAPER)
 
     def measured(theta: Tensor) -> Tensor:
         along = (theta - start).remainder(period)

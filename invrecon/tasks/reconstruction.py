@@ -207,6 +207,7 @@ class Reconstruction(lightning.LightningModule):
                 "--model.method=UnconditionalSampler, or give --data=ReconstructionData with --data.paths."
             )
         if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # simulating the measurement is none of the method's time
             torch.cuda.reset_peak_memory_stats(self.device)
         start = time.perf_counter()
         estimate, traces = self.solve(y, operator, make_generators(self.seed, batch.id))

@@ -231,3 +231,36 @@ def test_the_native_file_gets_its_voxel_size(folder: Path) -> None:
     assert list(batch.voxel_mm) == [_common.NATIVE_VOXEL_MM] * 2
     with h5py.File(folder / _common.NATIVE) as file:
         assert np.asarray(file["data"]).shape[-1] == 2 * SIZE
+
+
+def test_the_facts_of_cpus_are_those_of_old_rows() -> None:
+    facts = _common.machine(1)
+    assert list(facts) == ["processor", "threads", "torch", "python"], "with more, no row is found again"
+    assert ", 1 thread, torch " in _common.describe_machine(facts)
+    gpu = {**facts, "processor": "NVIDIA H200", "device": "cuda"}
+    assert _common.describe_machine(gpu).startswith("NVIDIA H200, torch ")
+    assert _common.Record(None, "x", facts).device.type == "cpu"
+    assert _common.Record(None, "x", gpu).device.type == "cuda"
+
+
+def test_a_gpu_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert _common.choose_device("auto") == _common.choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(InputError, match="torch finds no GPU"):
+        reconstruction.main(["--methods", "FBP", "--device", "cuda"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert _common.choose_device("auto") == _common.choose_device("cuda") == torch.device("cuda")
+
+
+def test_records_of_processes_that_ran_at_once_make_one(tmp_path: Path) -> None:
+    for name, parts in {"a": {"1": {"x": 1}, "2": {"x": 2}}, "b": {"2": {"x": 3}, "3": {"x": 4}}}.items():
+        _common.Record(tmp_path / f"{name}.json", "x", {}).add(parts, name)
+    record = _common.Record(tmp_path / "a.json", "x", {}, redo=True)
+    record.merge([tmp_path / "b.json"])
+    assert record.find("1", "a") is None, "to be computed again"
+    assert record.find("2", "a") is None and record.find("2", "b") == {"x": 3, "fingerprint": "b"}
+    assert record.find("3", "b") is not None and record.find("3", "a") is None
+    (tmp_path / "c.json").write_text("[]")
+    for other in ("c.json", "nowhere.json"):
+        with pytest.raises(InputError, match=f"{other}' is no record of the benchmark 'x'"):
+            record.merge([tmp_path / other])

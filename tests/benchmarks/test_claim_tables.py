@@ -17,7 +17,7 @@ from PIL import Image
 from benchmarks import _common
 from benchmarks._methods import find_methods
 from benchmarks.claims import __main__ as claims
-from benchmarks.claims import _compare, _lessons, _verdicts, table_a, table_b, table_d, table_e, table_f
+from benchmarks.claims import _compare, _lessons, _page, _verdicts, table_a, table_b, table_d, table_e, table_f
 from benchmarks.claims._figures import curves_figure, dots_figure
 from benchmarks.claims._problems import PROBLEMS
 from benchmarks.claims._run import Run
@@ -249,6 +249,39 @@ def test_problems_from_end_to_end(tiny: Callable[..., Any], monkeypatch: pytest.
     assert Image.open(out.with_name("b.png")).width > 500 and "](b.png)" in out.with_suffix(".md").read_text()
 
 
+def test_tables_of_several_processes_make_one_page(
+    tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(table_b, "ProximalDiffusion", lambda: ProximalDiffusion(num_levels=2))
+    common = ("--settings", "fan", "--batch-size", "16")
+    for row in ("fbp", "patch"):
+        _, out = tiny("b", *common, "--rows", row)
+        out.rename(tmp_path / f"{row}.json")
+    capsys.readouterr()
+    merged = [str(tmp_path / f"{row}.json") for row in ("fbp", "patch")]
+    content, _ = tiny("b", *common, "--rows", "fbp", "patch", "--merge", *merged)
+    assert "dB, " not in capsys.readouterr().out.partition("Fan beam")[0], "nothing is computed again"
+    assert {row: len(own) for row, own in content["settings"]["fan"]["summaries"].items()}.keys() == {"fbp", "patch"}
+    assert len(content["parts"]) == 4, "two slices, fewer than a batch"
+
+    monkeypatch.setattr(claims, "FOLDER", tmp_path)
+    monkeypatch.setattr(_common, "start", lambda *args: pytest.fail("something is opened to be computed"))
+    claims.main(["--page", str(tmp_path / "docs" / "claims.md")])
+    page = (tmp_path / "docs" / "claims.md").read_text()
+    (verdict,) = (v for v in content["settings"]["fan"]["verdicts"] if v["claim"].endswith("better than the baseline"))
+    assert f"| {verdict['claim']} | {PROBLEMS['fan'].title} | {verdict['outcome']} | {verdict['because']} |" in page
+    assert "(../b.md)" in page and "not measured" not in page and "Not measured yet: " in page
+    assert "## (a)" not in page and str(tmp_path) not in page
+    with pytest.raises(InputError, match="no record of a table"):
+        claims.main(["--page", str(tmp_path / "x.md"), "--tables", "a"])
+
+
+def test_verdicts_of_all_tables_are_in_the_same_words() -> None:
+    verdicts = [{"claim": "EM helps", "outcome": "holds", "because": "+1.00 dB over 2 slices; holds above +0.00 dB"}]
+    found = list(_page.list_verdicts({"settings": {"20-clean": {"verdicts": verdicts}, "fan": {"verdicts": []}}}))
+    assert found == [("EM helps", "20 views", "reproduced", "+1.00 dB over 2 slices; reproduced above +0.00 dB")]
+
+
 def test_networks_are_trained_once(
     tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -335,7 +368,8 @@ def test_what_cannot_be_is_one_sentence() -> None:
         (["--tables", "a,z"], "There is no table z, expected some of a, b, c"),
         (["--tables", "b", "--rows", "pach"], "There is no row pach, expected some of fbp, tv, whole, patch"),
         (["--tables", "c,e", "--settings", "sr"], "No table has both the rows and the settings sr"),
-        (["--tables", "a,b", "--json", "x.json"], "--json is a file of one table"),
+        (["--tables", "a,b", "--json", "x.json"], "--json is of one table"),
+        (["--merge", "x.json"], "--merge is of one table"),
     ):
         with pytest.raises(InputError, match=words):
             claims.parse(args)

@@ -94,6 +94,18 @@ def test_every_row_in_every_setting(folder: Path, tmp_path: Path, capsys: pytest
     assert read(out)["parts"] == result["parts"] and figure.stat().st_size > 10_000
 
 
+def test_rows_of_two_processes_make_one_table(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ("--settings", "sim-r8")
+    for row in ("zero-filled", "cg-sense"):
+        mri.main(arguments(folder, tmp_path / f"{row}.json", *settings, "--rows", row))
+    capsys.readouterr()
+    out, parts = tmp_path / "m.json", [tmp_path / f"{row}.json" for row in ("zero-filled", "cg-sense")]
+    mri.main(arguments(folder, out, *settings, "--rows", "zero-filled", "cg-sense", "tv", "--merge", *parts))
+    text = capsys.readouterr().out
+    assert "tv, slices" in text and "zero-filled, slices" not in text and "cg-sense, slices" not in text
+    assert set(read(out)["summaries"]["sim-r8"]) == {"zero-filled", "cg-sense", "tv"}
+
+
 def test_rows_without_a_prior_are_said_to_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "m.json"
     args = arguments(tmp_path, out, "--settings", "sim-r8", "--rows", "cg-sense", "patch", "tv")
