@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from invrecon.data.training import PatchBatch, PriorTraining
+from invrecon.data.patches import PatchBatch
+from invrecon.data.training import PriorTraining
 from invrecon.errors import InputError
 from invrecon.priors.base import Prior
 from invrecon.priors.edm import EDMDenoiser, NoiseProposal

@@ -16,7 +16,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from invrecon.data.training import PatchBatch
+from invrecon.data.patches import PatchBatch
 from invrecon.errors import InputError
 from invrecon.priors.weights import load_prior, read_card
 from invrecon.tasks.previews import TrainingPreviews

@@ -14,7 +14,8 @@ import torch
 
 from invrecon.data.augmentation import Augmentation
 from invrecon.data.couches import draw_couch
-from invrecon.data.training import CTTraining, PatchBatch, PatchStream, zoom_out
+from invrecon.data.patches import PatchBatch, PatchStream
+from invrecon.data.training import CTTraining, zoom_out
 from invrecon.errors import InputError
 from invrecon.rng import make_generator
 from tests.tasks.tiny import make_data
