@@ -47,7 +47,7 @@ class ExpectationMaximisation(Adaptation):
 
     Source: the idea, for data sets of measurements, is that of Rozet et al., "Learning diffusion priors from
     observations by expectation maximization", NeurIPS 2024 (arXiv 2405.13712); on a single measurement, by patches and
-    with estimates for samples it is ours. All numbers were chosen on one validation slice.
+    with estimates for samples it is ours. All numbers were chosen on two validation slices (`docs/adaptation.md`).
 
     Args:
         rounds: E- and M-steps.
@@ -65,9 +65,9 @@ class ExpectationMaximisation(Adaptation):
     def __init__(
         self,
         rounds: int = 8,
-        steps: int = 40,
-        learning_rate: float = 1.5e-3,
-        num_pixels: int = 25088,
+        steps: int = 70,
+        learning_rate: float = 1e-3,
+        num_pixels: int = 12544,
         sigma_min: float = 0.002,
         sigma_max: float = 0.1,
         ema: float = 0.95,
