@@ -86,13 +86,23 @@ SETTINGS = {
 }
 
 
+def data_folder() -> Path:
+    """Returns the folder of the benchmark data."""
+    return Path(os.environ.get("INVRECON_DATA", "../shared/data"))
+
+
+def without_folder(error: InputError) -> str:
+    """Returns a message without the folder of the data, which is this machine's own."""
+    return str(error).replace(f"{data_folder()}/", "").replace(f"in '{data_folder()}'", "in the folder of the data")
+
+
 def data_file(name: str) -> Path:
     """Returns a file of the benchmark data.
 
     Raises:
         InputError: The folder is not there, or lacks the file.
     """
-    folder = Path(os.environ.get("INVRECON_DATA", "../shared/data"))
+    folder = data_folder()
     if not (folder / name).is_file():
         raise InputError(f"The benchmark data '{name}' is not in '{folder}': name its folder by INVRECON_DATA.")
     return folder / name
@@ -110,7 +120,10 @@ def load_batches(name: str, slices: str | None, size: int, batch_size: int) -> l
 
 
 def plain(value: Any) -> Any:
-    """Returns the public attributes of an object as nested dictionaries: all that decides what a method does."""
+    """Returns the public attributes of an object as nested dictionaries: all that decides what a method does.
+
+    Constants of its class are not among them: after a change of one, compute again (`--redo`).
+    """
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

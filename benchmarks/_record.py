@@ -46,6 +46,7 @@ class Record:
     def __init__(self, path: Path | None, benchmark: str, facts: Mapping[str, Any], redo: bool = False) -> None:
         self.path, self.machine = path, dict(facts)
         self.parts: dict[str, Row] = {}
+        self.merged: list[dict[str, Row]] = []
         self.kept: set[str] = set()  # parts of an earlier run that count
         if path is not None and path.is_file():
             self.parts = read_record(path, benchmark)["parts"]
@@ -58,20 +59,26 @@ class Record:
         return torch.device(self.machine.get("device", "cpu"))
 
     def merge(self, paths: Iterable[Path]) -> None:
-        """Takes up the parts of other records of this benchmark, in place of those of the same names; writes nothing.
+        """Takes up the parts of other records of this benchmark where they are asked for and fit; writes nothing.
 
         Raises:
             InputError: One of them is no such record.
         """
-        for path in paths:
-            parts = read_record(path, self.content["benchmark"])["parts"]
-            self.parts |= parts
-            self.kept |= parts.keys()
+        self.merged += [read_record(path, self.content["benchmark"])["parts"] for path in paths]
 
     def find(self, key: str, identity: str) -> Row | None:
         """Returns a part computed with the same settings, or None."""
-        part = self.parts.get(key)
-        return part if key in self.kept and part and part["fingerprint"] == identity else None
+        for parts in (self.parts if key in self.kept else {}, *self.merged):
+            part = parts.get(key)
+            if part and part["fingerprint"] == identity:
+                self.parts[key] = part
+                self.kept.add(key)
+                return part
+        return None
+
+    def has(self, prefix: str) -> bool:
+        """Says whether there is any part, of whatever settings, whose name begins so."""
+        return any(key.startswith(prefix) for parts in (self.parts, *self.merged) for key in parts)
 
     def add(self, parts: Mapping[str, Row], identity: str) -> None:
         """Keeps parts and writes the file."""

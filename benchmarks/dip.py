@@ -99,7 +99,7 @@ def make_fit(kind: type[NetworkFit], num_iterations: int | None = None, **knobs:
     """
     fit = kind(**knobs)
     if num_iterations is not None:
-        if isinstance(fit, UDiGDIP):
+        if isinstance(fit, ASeqDIP | UDiGDIP):
             fit.num_inner = max(1, round(fit.num_inner * num_iterations / fit.num_iterations))
         fit.num_iterations = num_iterations
     fit.stop = Continued(fit.stop)
@@ -170,7 +170,7 @@ class Tables:
         return {label: rows for label, rows in found.items() if rows}
 
     def _fail(self, setting: CTSetting | MRISetting, what: str, error: InputError) -> None:
-        why = str(error).replace(f"{_common.data_file(setting.file).parent}/", "")  # no path of this machine
+        why = _common.without_folder(error)
         self.failures[f"{setting.title}, {what}"] = why
         _common.progress(why)
 

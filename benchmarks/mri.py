@@ -176,7 +176,7 @@ class Tables:
                     self._fail(setting, f"{entry.label}, {named[index].id[0]}", error)
 
     def _fail(self, setting: MRISetting, what: str, error: InputError) -> None:
-        why = str(error).replace(f"{_common.data_file(setting.file).parent}/", "")  # no path of this machine
+        why = _common.without_folder(error)
         self.failures[f"{setting.title}, {what}"] = why
         _common.progress(why)
 
@@ -194,7 +194,7 @@ class Tables:
         """Returns the mean PSNR by row, acceleration and weight, and the best weight, of what is there or computed."""
         found: dict[str, Any] = {row: {} for row in GRIDS}
         for num, setting in TUNING.items():
-            if not compute and not any(key.startswith(f"{setting.name}/") for key in self.bench.record.parts):
+            if not compute and not self.bench.record.has(f"{setting.name}/"):
                 continue
             for row, grid in GRIDS.items():
                 entries = {weight: Entry(f"{row} {weight:g}", classical(row, weight)) for weight in grid}

@@ -224,7 +224,7 @@ class Tables:
                 try:
                     self.bench.rows(setting, entry, batch)
                 except InputError as error:  # one that diverged does not end the run
-                    self.failures[f"{setting.title}, {entry.label}, {batch.id[0]}"] = str(error)
+                    self.failures[f"{setting.title}, {entry.label}, {batch.id[0]}"] = _common.without_folder(error)
                     _common.progress(str(error))
 
     def list_rows(self, settings: Sequence[Setting], rows: Sequence[str]) -> None:
@@ -317,7 +317,7 @@ def report(tables: Tables, settings: Sequence[Setting], rows: Sequence[str]) -> 
 
 def tune(bench: RGBBench, settings: Sequence[Setting], compute: bool) -> dict[str, Any]:
     """Returns mean PSNR by row, setting and weight on parts of validation images, of what is there or computed."""
-    if not compute and not any(key.startswith("tune-") for key in bench.record.parts):
+    if not compute and not bench.record.has("tune-"):
         return {}
     bench = replace(bench, size=bench.size // 2)
     batches = [middle(batch, bench.size) for batch in load_images(VALIDATION, 2 * bench.size, 1)]

@@ -68,6 +68,13 @@ def under_ours(adaptation: Adaptation) -> Adaptation:
     return clone
 
 
+def for_whole(em: Adaptation) -> Adaptation:
+    """Returns EM for whole images: a step sees at least one, and fewer, larger steps bear a higher rate."""
+    clone = copy.copy(em)
+    clone.steps, clone.num_pixels, clone.learning_rate = 40, 25088, 1.5e-3  # type: ignore[attr-defined]
+    return clone
+
+
 def recipes() -> dict[str, Recipe]:
     """Returns the rows by their keys: our sampler and ellipse priors, unless the title says otherwise."""
     ours, em = load_recipe("tta_ct")
@@ -79,7 +86,7 @@ def recipes() -> dict[str, Recipe]:
         "whole-ct": Recipe("whole, in distribution", ours, "whole_ct"),
         "patch-ct": Recipe("patch, in distribution", ours, "patch_ct"),
         "patch-em": Recipe("patch + EM", ours, "patch_ellipses", em, "patch", EM),
-        "whole-em": Recipe("whole + EM", ours, "whole_ellipses", em, "whole", EM, few=True),
+        "whole-em": Recipe("whole + EM", ours, "whole_ellipses", for_whole(em), "whole", EM, few=True),
         "patch-ct-em": Recipe("patch + EM, in distribution", ours, "patch_ct", em, "patch-ct", EM, few=True),
     }
     if em.held_out is None:  # else those rows stop by themselves

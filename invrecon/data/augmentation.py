@@ -15,7 +15,6 @@ import torch.nn.functional as nnf
 from torch import Tensor
 
 from invrecon.errors import InputError
-from invrecon.rng import derive_seed
 
 
 class Changes(NamedTuple):
@@ -28,6 +27,7 @@ class Changes(NamedTuple):
         blur: Share of a binomial blur that is mixed in, `(n,)`; negative sharpens.
         grain: Standard deviation of the added noise, intensity units, `(n,)`, zero for none.
         correlation: Share of the noise that is blurred, `(n,)`.
+        seed: What the noise is a function of.
     """
 
     turn: Tensor
@@ -36,6 +36,7 @@ class Changes(NamedTuple):
     blur: Tensor
     grain: Tensor
     correlation: Tensor
+    seed: int
 
 
 class Augmentation:
@@ -46,13 +47,13 @@ class Augmentation:
 
     with a rotation, scaling and mirroring `R` about the image's centre `c`, the 3 x 3 binomial blur `B`, and noise
     `n` of unit variance, more or less blurred by `B`. Images are interpolated bicubically. Positions are those in the
-    changed image.
+    changed image. What is not complex is clipped to [0, 1] at the end.
 
     Args:
         flip: Probability of a mirror image, left to right.
-        warp: Probability of a rotation, scaling and shift.
+        warp: Probability of a rotation, scaling, shift and other contrast.
         rotation: Largest angle [degrees].
-        scale: Largest factor by which a side grows or shrinks; both sides alike up to a tenth of it.
+        scale: Largest factor by which a side grows or shrinks; both sides alike but for a fifth of it.
         shift: Largest shift, as a fraction of the image's half width.
         gamma: Largest exponent of the magnitude, or its inverse; 1 changes no contrast.
         texture: Probability of another sharpness and grain.
@@ -95,14 +96,15 @@ class Augmentation:
         mirrored, warped, textured = uniform() < self.flip, uniform() < self.warp, uniform() < self.texture
         angle = torch.where(warped, math.radians(self.rotation) * uniform(-1, 1), 0.0)
         common, own = (math.log(self.scale) * uniform(-1, 1) for _ in range(2))
-        width, height = (torch.where(warped, sign * 0.1 * own + common, 0.0).exp() for sign in (-1, 1))
+        width, height = (torch.where(warped, 0.9 * common + sign * 0.1 * own, 0.0).exp() for sign in (-1, 1))
         shift = torch.where(warped[:, None], self.shift * torch.stack([uniform(-1, 1), uniform(-1, 1)], 1), 0.0)
         cos, sin, handed = angle.cos(), angle.sin(), 1 - 2.0 * mirrored
         turn = torch.stack([handed * cos / width, -handed * sin / height, sin / width, cos / height], 1)
         gamma = torch.where(warped, math.log(self.gamma) * uniform(-1, 1), 0.0).exp()
         blur = torch.where(textured, uniform(-self.sharpness, 1), 0.0)
         grain = torch.where(textured, self.grain * (-uniform(0, math.log(20))).exp(), 0.0)
-        return Changes(turn.view(-1, 2, 2), shift, gamma, blur, grain, uniform())
+        seed = int(torch.randint(2**62, (), generator=generator))
+        return Changes(turn.view(-1, 2, 2), shift, gamma, blur, grain, uniform(), seed)
 
     def apply(
         self,
@@ -111,7 +113,6 @@ class Augmentation:
         place: tuple[Tensor, Tensor, Tensor],
         size: int,
         changes: Changes,
-        key: str,
     ) -> Tensor:
         """Returns patches `(n, C, size, size)` of changed images, zero where there is no image, intensity units.
 
@@ -121,7 +122,6 @@ class Augmentation:
             place: Index of the image, first row and first column of each patch, `(n,)` each; they may leave the image.
             size: Side of the patches.
             changes: What is done to each, on the device of the images.
-            key: What the noise is a function of.
         """
         index, top, left = place
         H, W = images.shape[-2:]
@@ -130,16 +130,15 @@ class Augmentation:
         shape = (len(index), size + 2, size + 2)
         target = torch.stack([columns[:, None, :].expand(shape), rows[:, :, None].expand(shape)], dim=-1)
         source = torch.einsum("nij,nrcj->nrci", changes.turn, target) + changes.shift[:, None, None, :]
-        values = nnf.grid_sample(
-            images[index].float(), source, mode="bicubic", padding_mode="border", align_corners=False
-        )
-        x = encode(values)
+        # A few at a time: each takes a copy of its image.
+        parts = zip(index.split(64), source.split(64), strict=True)
+        x = encode(torch.cat([interpolate(images[i].float(), grid) for i, grid in parts]))
         if (changes.gamma != 1).any():
             magnitude = x.square().sum(1, keepdim=True).sqrt().clamp(min=1e-4)
             x = x * magnitude ** (changes.gamma[:, None, None, None] - 1)
         inside = ((source.abs() <= 1).all(-1) & (target.abs() <= 1).all(-1))[:, None]
         x = x + changes.blur[:, None, None, None] * (binomial(x) - x)
-        generator = torch.Generator(x.device).manual_seed(derive_seed(0, "grain", key))
+        generator = torch.Generator(x.device).manual_seed(changes.seed)
         n = torch.randn(x.shape, generator=generator, device=x.device)
         share = changes.correlation[:, None, None, None]
         # Sums of squares of the taps: 1 for white noise, 9/64 for blurred, 1/4 for their product.
@@ -148,6 +147,11 @@ class Augmentation:
         if x.shape[1] != 2:  # complex images have no range
             x = x.clamp(0, 1)
         return (x * inside)[:, :, 1:-1, 1:-1]
+
+
+def interpolate(images: Tensor, grid: Tensor) -> Tensor:
+    """Returns images `(n, C, H, W)` at coordinates `(n, P, Q, 2)` by bicubic interpolation, their edges repeated."""
+    return nnf.grid_sample(images, grid, mode="bicubic", padding_mode="border", align_corners=False)
 
 
 def binomial(x: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ class PatchSampler:
         if plan.changes is None or self.augmentation is None:
             values, inside, position = cut_patches(self.images, *place, size)
             return PatchBatch(self.encode(values) * inside, position, plan.key)
-        x = self.augmentation.apply(self.images, self.encode, place, size, plan.changes, plan.key)
+        x = self.augmentation.apply(self.images, self.encode, place, size, plan.changes)
         return PatchBatch(x, patch_positions(self.images.shape[-2:], plan.top, plan.left, size), plan.key)
 
     def draw(self, generator: torch.Generator, key: str, patch_size: int | None = None) -> PatchBatch:

@@ -148,3 +148,16 @@ def test_tuning_is_on_validation_patients(
     assert set(tuned) == {"ct-30", "mri-r8"} and set(tuned["ct-30"]) == {"dip", *knobs}
     assert "Validation, MRI, R = 8" in capsys.readouterr().out
     assert all(key.startswith("tune-") for key in read(out)["parts"])
+
+
+def test_data_that_are_missing_end_only_their_own_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    (tmp_path / "mri").symlink_to(folder / "mri")
+    monkeypatch.setenv("INVRECON_DATA", str(tmp_path))
+    path = tmp_path / "dip.json"
+    dip.main(["--json", str(path), "--settings", "ct-18", "mri-r8", "--rows", "direct", "--size", str(SIZE)])
+    content = json.loads(path.read_text())
+    (failure,) = content["failures"].values()
+    assert "4DLung" in failure and str(tmp_path) not in failure
+    assert content["parts"]
