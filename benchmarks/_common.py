@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -201,11 +201,14 @@ class Bench:
     """Runs methods on settings, on the device of its record, and keeps their rows.
 
     Attributes:
+        reconstruction: The task, where nothing adapts.
         record: Where rows are kept.
         size: Side of the reconstructed images; the detector has twice as many bins, as PaDIS has it.
         precision: Of the priors' networks.
         seed: Of noise and sampling.
     """
+
+    reconstruction: ClassVar[type[Reconstruction]] = Reconstruction
 
     record: Record
     size: int = 256
@@ -228,7 +231,7 @@ class Bench:
         prior = entry.prior if entry.method.needs_prior else None
         shared = (setting.noise, prior, precision or self.precision, self.seed)
         if entry.adaptation is None:
-            task = Reconstruction(operator, entry.method, *shared, layout=make_layout(entry.layout))
+            task = self.reconstruction(operator, entry.method, *shared, layout=make_layout(entry.layout))
         else:
             task = TestTimeAdaptation(operator, entry.method, entry.adaptation, *shared, suitability=entry.suitability)
         return task.to(self.record.device)

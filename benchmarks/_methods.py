@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser
 
 import invrecon.methods
-from benchmarks._common import Setting
+from benchmarks._common import Entry, Setting
 from invrecon import operators
 from invrecon.discovery import needs_arguments
 from invrecon.methods import (
@@ -128,3 +129,32 @@ def warm(method: Sampler, sigma: float) -> Sampler:
     if isinstance(clone.schedule, FloorSchedule):
         clone.schedule.ratio = (clone.schedule.sigma_min / sigma) ** (1 / max(clone.schedule.num_levels - 1, 1))
     return clone
+
+
+def tune_weights(
+    tables: Any,
+    setting: Setting,
+    grids: Mapping[str, Sequence[float]],
+    make: Callable[[str, float], Method],
+    compute: bool,
+) -> dict[str, dict[str, Any]]:
+    """Returns by row the mean PSNR [dB] of each weight and the best weight; without rows that nothing is known of.
+
+    Args:
+        tables: What finds and measures rows, as `Tables` of `benchmarks.mri`.
+        setting: Of validation.
+        grids: Weights by row.
+        make: Returns the method of a row and a weight.
+        compute: Whether to compute what is not there.
+    """
+    found = {}
+    for row, grid in grids.items():
+        entries = {weight: Entry(f"{row} {weight:g}", make(row, weight)) for weight in grid}
+        if compute:
+            tables.measure(setting, list(entries.values()))
+        known = {weight: tables.find(setting, entry) for weight, entry in entries.items()}
+        scores = {weight: fmean(own["psnr"] for own in rows) for weight, rows in known.items() if rows}
+        if scores:
+            best = max(scores, key=lambda weight: scores[weight])
+            found[row] = {"psnr": scores, "best": best, "at_the_edge": best in (grid[0], grid[-1])}
+    return found

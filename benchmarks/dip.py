@@ -28,7 +28,7 @@ from benchmarks import _common, _mri, mri
 from benchmarks._common import FEW_SLICES, Entry, Row, Setting
 from benchmarks._dip import Continued, CTSetting, DIPBench, load_batches
 from benchmarks._mri import MRISetting
-from benchmarks.claims._figures import _figure, _save, _style
+from benchmarks.claims._figures import dark_figure, save_figure, style_axes
 from benchmarks.claims._verdicts import Verdict, decide, difference, interval
 from invrecon.errors import InputError
 from invrecon.methods import FBP, Method, ProximalDiffusion, TotalVariation
@@ -297,10 +297,10 @@ def draw(path: Path, titles: Mapping[str, str], found: Mapping[str, Mapping[str,
         titles: Of the settings.
         found: Setting -> row -> a row a slice.
     """
-    figure = _figure(0.8 + 3.4 * len(found), 3.9)
+    figure = dark_figure(0.8 + 3.4 * len(found), 3.9)
     panels = figure.subplots(1, len(found), squeeze=False)[0]
     for axes, (name, own) in zip(panels, found.items(), strict=True):
-        _style(axes)
+        style_axes(axes)
         num = max(map(len, own.values()), default=0)
         axes.set_title(f"{titles[name]} ({num} slice{'s' * (num != 1)})", color=TEXT, fontsize=8.5)
         for (label, style), colour in zip((("tv", "--"), ("patch", ":")), (MUTED, TEXT), strict=True):
@@ -325,7 +325,7 @@ def draw(path: Path, titles: Mapping[str, str], found: Mapping[str, Mapping[str,
     }
     look: dict[str, Any] = {"fontsize": 7, "labelcolor": TEXT, "frameon": False, "ncols": max(1, len(entries))}
     figure.legend(list(entries.values()), list(entries), loc="outside lower center", **look)
-    _save(figure, path)
+    save_figure(figure, path)
     print(f"Figure: {path}")
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from benchmarks import _common
 from benchmarks._common import Entry, Row
-from benchmarks._methods import load_parts
+from benchmarks._methods import load_parts, tune_weights
 from benchmarks._mri import (
     ABDOMEN,
     R4,
@@ -196,15 +196,8 @@ class Tables:
         for num, setting in TUNING.items():
             if not compute and not self.bench.record.has(f"{setting.name}/"):
                 continue
-            for row, grid in GRIDS.items():
-                entries = {weight: Entry(f"{row} {weight:g}", classical(row, weight)) for weight in grid}
-                if compute:
-                    self.measure(setting, list(entries.values()))
-                known = {weight: self.find(setting, entry) for weight, entry in entries.items()}
-                scores = {weight: fmean(own["psnr"] for own in rows) for weight, rows in known.items() if rows}
-                if scores:
-                    best = max(scores, key=lambda weight: scores[weight])
-                    found[row][num] = {"psnr": scores, "best": best, "at_the_edge": best in (grid[0], grid[-1])}
+            for row, scores in tune_weights(self, setting, GRIDS, classical, compute).items():
+                found[row][num] = scores
         return {row: own for row, own in found.items() if own}
 
     def draw(self, path: Path, settings: Sequence[MRISetting], rows: Sequence[str]) -> None:

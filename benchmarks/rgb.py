@@ -35,7 +35,7 @@ from torch import Tensor
 
 from benchmarks import _common
 from benchmarks._common import Bench, Entry, Row, Setting
-from benchmarks._methods import find_methods, shorten, starts_from_noise, warm
+from benchmarks._methods import find_methods, shorten, starts_from_noise, tune_weights, warm
 from benchmarks.claims._verdicts import difference
 from invrecon.data.cases import CaseBatch
 from invrecon.data.images import image_files
@@ -108,6 +108,8 @@ class RGBBench(Bench):
         images: Those images, by setting and label.
     """
 
+    reconstruction = ColourReconstruction
+
     keep: str | None = None
     images: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
@@ -120,13 +122,9 @@ class RGBBench(Bench):
 
     def task(self, setting: Setting, entry: Entry, precision: str | None = None) -> Reconstruction:
         """Returns the task that measures and reconstructs; a prior of other images is refused."""
-        operator = self.operator(setting).to(self.record.device)
-        operator.norm()
-        prior = entry.prior if entry.method.needs_prior else None
-        shared = (setting.noise, prior, precision or self.precision, self.seed)
-        task = ColourReconstruction(operator, entry.method, *shared)
+        task = super().task(setting, entry, precision)
         task.setup("test")
-        return task.to(self.record.device)
+        return task
 
     def reconstruct(self, setting: Setting, entry: Entry, batch: CaseBatch) -> Result:
         """Returns the result of a batch, and keeps an image of it."""
@@ -325,15 +323,8 @@ def tune(bench: RGBBench, settings: Sequence[Setting], compute: bool) -> dict[st
     found: dict[str, dict[str, Any]] = {row: {} for row in GRIDS}
     for setting in settings:
         own = replace(setting, name=f"tune-{setting.name}")
-        for row, grid in GRIDS.items():
-            entries = {weight: Entry(f"{row} {weight:g}", classical(row, weight)) for weight in grid}
-            if compute:
-                tables.measure(own, list(entries.values()))
-            known = {weight: tables.find(own, entry) for weight, entry in entries.items()}
-            scores = {weight: fmean(each["psnr"] for each in rows) for weight, rows in known.items() if rows}
-            if scores:
-                best = max(scores, key=lambda weight: scores[weight])
-                found[row][setting.name] = {"psnr": scores, "best": best, "at_the_edge": best in (grid[0], grid[-1])}
+        for row, scores in tune_weights(tables, own, GRIDS, classical, compute).items():
+            found[row][setting.name] = scores
     return {row: own for row, own in found.items() if own}
 
 

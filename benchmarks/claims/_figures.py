@@ -35,12 +35,12 @@ def rounds_figure(path: str | os.PathLike[str], settings: Mapping[str, Sequence[
     Returns:
         `path`.
     """
-    figure = _figure(0.7 + 2.9 * len(settings), 4.8)
+    figure = dark_figure(0.7 + 2.9 * len(settings), 4.8)
     axes = figure.subplots(2, len(settings), sharex="col", squeeze=False, height_ratios=(3, 2))
     for column, (title, rows) in enumerate(settings.items()):
         top, bottom = axes[:, column]
-        _style(top)
-        _style(bottom)
+        style_axes(top)
+        style_axes(bottom)
         top.set_title(f"{title} ({len(rows)} slice{'s' * (len(rows) != 1)})", color=TEXT, fontsize=8.5)
         psnr = filled([row["psnr_trace"] for row in rows])
         mean = psnr.mean(axis=0)
@@ -82,7 +82,7 @@ def rounds_figure(path: str | os.PathLike[str], settings: Mapping[str, Sequence[
     legend = figure.legend(handles, labels, loc="outside lower center", **style)
     for handle in legend.legend_handles[1:]:
         handle.set_sizes([24])
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def dots_figure(path: str | os.PathLike[str], settings: Mapping[str, Mapping[str, Entry]], xlabel: str) -> Path:
@@ -97,10 +97,10 @@ def dots_figure(path: str | os.PathLike[str], settings: Mapping[str, Mapping[str
         `path`.
     """
     names = list(dict.fromkeys(name for rows in settings.values() for name in rows))
-    figure = _figure(2.2 + 2.6 * len(settings), 0.9 + 0.19 * len(names))
+    figure = dark_figure(2.2 + 2.6 * len(settings), 0.9 + 0.19 * len(names))
     for index, (title, rows) in enumerate(settings.items()):
         axes = figure.add_subplot(1, len(settings), index + 1)
-        _style(axes)
+        style_axes(axes)
         axes.set_title(title, color=TEXT, fontsize=8.5)
         places = [(len(names) - 1 - names.index(name), entry) for name, entry in rows.items()]
         for place, entry in places:
@@ -109,7 +109,7 @@ def dots_figure(path: str | os.PathLike[str], settings: Mapping[str, Mapping[str
         axes.set_ylim(-0.6, len(names) - 0.4)
         axes.set_yticks(range(len(names)), names[::-1] if index == 0 else [""] * len(names))
         axes.set_xlabel(xlabel, color=MUTED, fontsize=7.5)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def curves_figure(
@@ -126,9 +126,9 @@ def curves_figure(
     Returns:
         `path`.
     """
-    figure = _figure(4.6, 3.4)
+    figure = dark_figure(4.6, 3.4)
     axes = figure.add_subplot()
-    _style(axes)
+    style_axes(axes)
     for (title, points), colour in zip(curves.items(), (ACCENT, LOSS, TEXT), strict=False):
         axes.plot(list(points), [entry["mean"] for entry in points.values()], "o-", color=colour, label=title, ms=4)
         for x, entry in points.items():
@@ -140,7 +140,7 @@ def curves_figure(
     axes.set_xlabel(xlabel, color=MUTED, fontsize=7.5)
     axes.set_ylabel(ylabel, color=MUTED, fontsize=7.5)
     axes.legend(fontsize=7, labelcolor=TEXT, frameon=False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _whisker(axes: Any, entry: Entry, place: float, horizontal: bool, colour: str = ACCENT) -> None:
@@ -152,7 +152,7 @@ def _whisker(axes: Any, entry: Entry, place: float, horizontal: bool, colour: st
     axes.plot(*dot, "o", color=colour, markersize=3.5)
 
 
-def _figure(width: float, height: float) -> Any:
+def dark_figure(width: float, height: float) -> Any:
     """Returns an empty figure, in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -162,7 +162,7 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _save(figure: Any, path: str | os.PathLike[str]) -> Path:
+def save_figure(figure: Any, path: str | os.PathLike[str]) -> Path:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor=BACKGROUND, metadata={"Software": "invrecon"})
     with atomic_write(path) as file:
@@ -188,7 +188,7 @@ def _plain_ticks(axes: Any) -> None:
     axes.yaxis.set_major_formatter(ScalarFormatter())
 
 
-def _style(axes: Any) -> None:
+def style_axes(axes: Any) -> None:
     axes.set_facecolor(BACKGROUND)
     axes.grid(color=GRID, linewidth=0.5)
     axes.set_axisbelow(True)

@@ -23,7 +23,7 @@ from invrecon.operators import LinearOperator, SpectralOperator
 
 Table = Mapping[str, Sequence[Row]]  # key of a recipe -> its rows, of one setting
 # About, a slice and core, at 256 x 256.
-SECONDS = {"evaluation": 0.18, "with gradient": 0.55, "other": 0.1, "iterative": 8.0, "adaptation": 180.0}
+SECONDS = {"evaluation": 0.18, "with gradient": 0.55, "other": 0.1, "iterative": 8.0, "adaptation": 80.0}
 
 
 class Run(ABC):

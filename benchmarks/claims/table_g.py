@@ -107,11 +107,11 @@ INTRODUCTION = """\
 Rows use priors of random ellipses and our sampler (`tta_ct.yaml`) unless they say otherwise: *in distribution* is a
 prior of chest CT; *own sampler* is that of the recipe's configuration (`patch_ss_ct.yaml`, `whole_ss_ct.yaml`,
 `scd_ct.yaml`, `ddip_ct.yaml`), and *...'s sampler* is the same without adaptation. *SS* is the published
-self-supervision, *EM* expectation maximisation on the one measurement. *DPS* is PaDIS's data step and transition with
-{dps} evaluations from the start of our sampler, where 1000 from white noise were published: a converged one may be
-better, and what is gained over it less. Recipes with few slices are too expensive for all; differences are paired over
-the slices that both rows have. A claim *holds* or *does not hold* if the whole 95 % interval is on one side of its
-limit, and is *undecided* otherwise.
+self-supervision, *EM* expectation maximisation on the one measurement (of whole images by fewer, larger steps). *DPS*
+is PaDIS's data step and transition with {dps} evaluations from the start of our sampler, where 1000 from white noise
+were published: a converged one may be better, and what is gained over it less. Recipes with few slices are too
+expensive for all; differences are paired over the slices that both rows have. A claim *holds* or *does not hold* if
+the whole 95 % interval is on one side of its limit, and is *undecided* otherwise.
 
 *x unadapted* is the time in units of the same prior's reconstruction by our sampler, in batches.
 Measured on {machine}.

@@ -47,7 +47,8 @@ class ExpectationMaximisation(Adaptation):
 
     Source: the idea, for data sets of measurements, is that of Rozet et al., "Learning diffusion priors from
     observations by expectation maximization", NeurIPS 2024 (arXiv 2405.13712); on a single measurement, by patches and
-    with estimates for samples it is ours. All numbers were chosen on two validation slices (`docs/adaptation.md`).
+    with estimates for samples it is ours. Numbers were chosen on two validation slices, with
+    patches (`docs/adaptation.md`).
 
     Args:
         rounds: E- and M-steps.

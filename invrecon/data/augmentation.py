@@ -106,47 +106,47 @@ class Augmentation:
         seed = int(torch.randint(2**62, (), generator=generator))
         return Changes(turn.view(-1, 2, 2), shift, gamma, blur, grain, uniform(), seed)
 
-    def apply(
-        self,
-        images: Tensor,
-        encode: Callable[[Tensor], Tensor],
-        place: tuple[Tensor, Tensor, Tensor],
-        size: int,
-        changes: Changes,
-    ) -> Tensor:
-        """Returns patches `(n, C, size, size)` of changed images, zero where there is no image, intensity units.
 
-        Args:
-            images: `(N, C, H, W)`, as stored.
-            encode: Maps stored values to intensities.
-            place: Index of the image, first row and first column of each patch, `(n,)` each; they may leave the image.
-            size: Side of the patches.
-            changes: What is done to each, on the device of the images.
-        """
-        index, top, left = place
-        H, W = images.shape[-2:]
-        span = torch.arange(-1, size + 1, device=images.device)  # a pixel more on each side, for the blur
-        rows, columns = ((2 * (start[:, None] + span) + 1) / n - 1 for start, n in ((top, H), (left, W)))
-        shape = (len(index), size + 2, size + 2)
-        target = torch.stack([columns[:, None, :].expand(shape), rows[:, :, None].expand(shape)], dim=-1)
-        source = torch.einsum("nij,nrcj->nrci", changes.turn, target) + changes.shift[:, None, None, :]
-        # A few at a time: each takes a copy of its image.
-        parts = zip(index.split(64), source.split(64), strict=True)
-        x = encode(torch.cat([interpolate(images[i].float(), grid) for i, grid in parts]))
-        if (changes.gamma != 1).any():
-            magnitude = x.square().sum(1, keepdim=True).sqrt().clamp(min=1e-4)
-            x = x * magnitude ** (changes.gamma[:, None, None, None] - 1)
-        inside = ((source.abs() <= 1).all(-1) & (target.abs() <= 1).all(-1))[:, None]
-        x = x + changes.blur[:, None, None, None] * (binomial(x) - x)
-        generator = torch.Generator(x.device).manual_seed(changes.seed)
-        n = torch.randn(x.shape, generator=generator, device=x.device)
-        share = changes.correlation[:, None, None, None]
-        # Sums of squares of the taps: 1 for white noise, 9/64 for blurred, 1/4 for their product.
-        std = ((1 - share) ** 2 + share * (1 - share) / 2 + share**2 * 9 / 64).sqrt()
-        x = x + changes.grain[:, None, None, None] * (n + share * (binomial(n) - n)) / std
-        if x.shape[1] != 2:  # complex images have no range
-            x = x.clamp(0, 1)
-        return (x * inside)[:, :, 1:-1, 1:-1]
+def changed_patches(
+    images: Tensor,
+    encode: Callable[[Tensor], Tensor],
+    place: tuple[Tensor, Tensor, Tensor],
+    size: int,
+    changes: Changes,
+) -> Tensor:
+    """Returns patches `(n, C, size, size)` of changed images, zero where there is no image, intensity units.
+
+    Args:
+        images: `(N, C, H, W)`, as stored.
+        encode: Maps stored values to intensities.
+        place: Index of the image, first row and first column of each patch, `(n,)` each; they may leave the image.
+        size: Side of the patches.
+        changes: What is done to each, on the device of the images.
+    """
+    index, top, left = place
+    H, W = images.shape[-2:]
+    span = torch.arange(-1, size + 1, device=images.device)  # a pixel more on each side, for the blur
+    rows, columns = ((2 * (start[:, None] + span) + 1) / n - 1 for start, n in ((top, H), (left, W)))
+    shape = (len(index), size + 2, size + 2)
+    target = torch.stack([columns[:, None, :].expand(shape), rows[:, :, None].expand(shape)], dim=-1)
+    source = torch.einsum("nij,nrcj->nrci", changes.turn, target) + changes.shift[:, None, None, :]
+    # A few at a time: each takes a copy of its image.
+    parts = zip(index.split(64), source.split(64), strict=True)
+    x = encode(torch.cat([interpolate(images[i].float(), grid) for i, grid in parts]))
+    if (changes.gamma != 1).any():
+        magnitude = x.square().sum(1, keepdim=True).sqrt().clamp(min=1e-4)
+        x = x * magnitude ** (changes.gamma[:, None, None, None] - 1)
+    inside = ((source.abs() <= 1).all(-1) & (target.abs() <= 1).all(-1))[:, None]
+    x = x + changes.blur[:, None, None, None] * (binomial(x) - x)
+    generator = torch.Generator(x.device).manual_seed(changes.seed)
+    n = torch.randn(x.shape, generator=generator, device=x.device)
+    share = changes.correlation[:, None, None, None]
+    # Sums of squares of the taps: 1 for white noise, 9/64 for blurred, 1/4 for their product.
+    std = ((1 - share) ** 2 + share * (1 - share) / 2 + share**2 * 9 / 64).sqrt()
+    x = x + changes.grain[:, None, None, None] * (n + share * (binomial(n) - n)) / std
+    if x.shape[1] != 2:  # complex images have no range
+        x = x.clamp(0, 1)
+    return (x * inside)[:, :, 1:-1, 1:-1]
 
 
 def interpolate(images: Tensor, grid: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from invrecon.data.augmentation import Augmentation, Changes
+from invrecon.data.augmentation import Augmentation, Changes, changed_patches
 from invrecon.priors.patch import cut_patches, patch_positions
 from invrecon.rng import make_generator
 
@@ -109,10 +109,10 @@ class PatchSampler:
         if self.images.device != plan.image.device:
             self.images = self.images.to(plan.image.device)
         place, size = (plan.image, plan.top, plan.left), plan.patch_size
-        if plan.changes is None or self.augmentation is None:
+        if plan.changes is None:
             values, inside, position = cut_patches(self.images, *place, size)
             return PatchBatch(self.encode(values) * inside, position, plan.key)
-        x = self.augmentation.apply(self.images, self.encode, place, size, plan.changes)
+        x = changed_patches(self.images, self.encode, place, size, plan.changes)
         return PatchBatch(x, patch_positions(self.images.shape[-2:], plan.top, plan.left, size), plan.key)
 
     def draw(self, generator: torch.Generator, key: str, patch_size: int | None = None) -> PatchBatch:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from invrecon.data.augmentation import Augmentation, binomial
+from invrecon.data.augmentation import Augmentation, binomial, changed_patches
 from invrecon.errors import InputError
 from invrecon.priors.patch import cut_patches
 from invrecon.rng import make_generator
@@ -27,7 +27,7 @@ def whole(augmentation: Augmentation, images: Tensor, num: int = 1, seed: int = 
     """Patches that are the whole image."""
     zeros = torch.zeros(num, dtype=torch.long)
     changes = augmentation.draw(num, make_generator(seed))
-    return augmentation.apply(images, Tensor.float, (zeros, zeros, zeros), size, changes)
+    return changed_patches(images, Tensor.float, (zeros, zeros, zeros), size, changes)
 
 
 def centroid(images: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def test_without_changes_patches_are_those_that_are_cut() -> None:
     values, inside, _ = cut_patches(images, index, top, left, 12)
     augmentation = Augmentation(**OFF)
     changes = augmentation.draw(20, generator)
-    own = augmentation.apply(images, Tensor.float, (index, top, left), 12, changes)
+    own = changed_patches(images, Tensor.float, (index, top, left), 12, changes)
     assert torch.allclose(own, values * inside, atol=1e-4)
 
 
@@ -70,8 +70,8 @@ def test_parts_of_a_changed_image_fit_together() -> None:
     images, augmentation = blobs(), Augmentation(flip=1.0, warp=1.0, texture=1.0, grain=0.0)
     changes = augmentation.draw(1, make_generator(3))
     zero, half = torch.zeros(1, dtype=torch.long), torch.full((1,), SIZE // 2)
-    full = augmentation.apply(images, Tensor.float, (zero, zero, zero), SIZE, changes)
-    quarter = augmentation.apply(images, Tensor.float, (zero, half, zero), SIZE // 2, changes)
+    full = changed_patches(images, Tensor.float, (zero, zero, zero), SIZE, changes)
+    quarter = changed_patches(images, Tensor.float, (zero, half, zero), SIZE // 2, changes)
     assert torch.allclose(full[..., SIZE // 2 :, : SIZE // 2], quarter, atol=1e-5)
 
 
@@ -79,12 +79,10 @@ def test_grain_has_the_stated_variance_and_stays_inside() -> None:
     augmentation = Augmentation(**{**OFF, "texture": 1.0}, sharpness=0.0, grain=0.05)
     changes = augmentation.draw(400, make_generator(4))
     zeros = torch.zeros(400, dtype=torch.long)
-    own = augmentation.apply(torch.full((1, 1, SIZE, SIZE), 0.5), Tensor.float, (zeros, zeros, zeros), SIZE, changes)
+    own = changed_patches(torch.full((1, 1, SIZE, SIZE), 0.5), Tensor.float, (zeros, zeros, zeros), SIZE, changes)
     ratio = own.std((1, 2, 3)) / changes.grain
     assert ratio.mean() == pytest.approx(1, abs=0.02)
-    beyond = augmentation.apply(
-        torch.full((1, 1, SIZE, SIZE), 0.5), Tensor.float, (zeros, zeros + 40, zeros), 8, changes
-    )
+    beyond = changed_patches(torch.full((1, 1, SIZE, SIZE), 0.5), Tensor.float, (zeros, zeros + 40, zeros), 8, changes)
     assert not beyond.any()
 
 
