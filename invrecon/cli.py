@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 import yaml
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -38,6 +39,7 @@ from invrecon.adapt.losses import SelfSupervisedLoss
 from invrecon.adapt.trainable import Trainable
 from invrecon.discovery import reach_named_files
 from invrecon.errors import InputError
+from invrecon.precision import training_precision
 from invrecon.priors import layouts
 from invrecon.report.writer import ResultWriter
 from invrecon.shared import find_shared, shared_folder
@@ -139,6 +141,8 @@ class InvreconCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[lightning.Callback]) -> lightning.Trainer:
         """Adds what the command needs: checkpoints, logs and export to `fit`, a writer to `test` and `predict`."""
+        if self.subcommand in ("fit", "validate") and config.get("precision") is None:
+            config["precision"] = training_precision(training_device(config.get("accelerator", "auto")))
         if self.subcommand != "fit":
             self.save_config_callback = None  # a writer keeps the configuration, once it knows the folder is ours
             config["logger"] = False
@@ -246,6 +250,14 @@ class SameRun(lightning.Callback):
                     f"{self.settings.get(key)}: give another --output, or, to go on from its weights with new "
                     "settings, its checkpoint as --ckpt_path."
                 )
+
+
+def training_device(accelerator: Any) -> str:
+    """Returns the kind of device that a Trainer's accelerator computes on."""
+    name = str(accelerator)
+    if name in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "cuda"
+    return "cpu" if name in ("auto", "cpu") else "other"
 
 
 def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:

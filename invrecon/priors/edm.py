@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from invrecon.errors import InputError
+from invrecon.precision import reduced_dtype
 from invrecon.priors.base import broadcast, per_sample
 
 
@@ -33,7 +34,7 @@ class EDMDenoiser(nn.Module):
         self.network = network
         self.register_buffer("sigma_data", torch.tensor(float(sigma_data)))
         self.position_channels: int = getattr(network, "config", {}).get("position_channels", 2)
-        self.compute_dtype: torch.dtype | None = None
+        self.precision = "32"  # of the network, see `invrecon.precision`
 
     def forward(self, u: Tensor, sigma: float | Tensor, position: Tensor) -> Tensor:
         """Returns `D(u, sigma, position)`, `(B, C, H, W)`, in the dtype of `u`.
@@ -50,10 +51,11 @@ class EDMDenoiser(nn.Module):
         inputs = torch.cat([broadcast(c_in, u) * u, position[:, : self.position_channels].to(u.dtype)], dim=1)
         inputs = inputs.contiguous(memory_format=torch.channels_last)
         # Only the network runs in reduced precision: the state, the skip path and the operators stay as they are.
-        if self.compute_dtype is None:
+        dtype = reduced_dtype(self.precision, u.device)
+        if dtype is None:
             F = self.network(inputs, sigma.log() / 4)
         else:
-            with torch.autocast(u.device.type, dtype=self.compute_dtype):
+            with torch.autocast(u.device.type, dtype=dtype):
                 F = self.network(inputs, sigma.log() / 4)
         return broadcast(c_skip, u) * u + broadcast(c_out, u) * F.to(u.dtype)
 

@@ -27,7 +27,8 @@ class TestTimeAdaptation(Reconstruction):
         adaptation: What adapts, and how.
         noise: Noise of simulated measurements; none by default.
         prior: A prior file, or the bare name of a shipped one; required.
-        precision: Of the prior's network: `32`, `bf16` or `16`. State and operators are float32 always.
+        precision: Of the prior's network: `32`, `bf16`, `16`, or `auto` for bfloat16 where the hardware has it and
+            float32 elsewhere. State and operators are float32 always.
         seed: Of noise, sampling and adaptation.
         num_figures: Slices a volume that `predict` draws.
         save_samples: Whether `predict` writes every posterior sample beside mean and standard deviation.
@@ -50,7 +51,7 @@ class TestTimeAdaptation(Reconstruction):
         adaptation: Adaptation,
         noise: NoiseModel | None = None,
         prior: str | None = None,
-        precision: str = "bf16",
+        precision: str = "auto",
         seed: int = 0,
         num_figures: int = 4,
         save_samples: bool = False,

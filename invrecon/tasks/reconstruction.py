@@ -28,14 +28,13 @@ from invrecon.operators.ct import CT, ct_from_geometry
 from invrecon.operators.mri import MRI
 from invrecon.operators.noise import NoiseModel, NoNoise
 from invrecon.operators.sampling import achieved_acceleration
+from invrecon.precision import check_precision, resolve_precision
 from invrecon.priors.base import Prior
 from invrecon.priors.layouts import Layout
 from invrecon.priors.patch import PatchPrior
 from invrecon.priors.weights import PriorCard, file_hash, load_prior
 from invrecon.rng import Generators, make_generators
 from invrecon.shared import find_shared
-
-PRECISIONS = {"32": None, "bf16": torch.bfloat16, "16": torch.float16}
 
 
 @dataclass
@@ -71,7 +70,8 @@ class Reconstruction(lightning.LightningModule):
         method: Turns `y` into `x`.
         noise: Noise of simulated measurements; none by default.
         prior: A prior file, or the bare name of a shipped one; None for methods without a prior.
-        precision: Of the prior's network: `32`, `bf16` or `16`. State and operators are float32 always.
+        precision: Of the prior's network: `32`, `bf16`, `16`, or `auto` for bfloat16 where the hardware has it and
+            float32 elsewhere. State and operators are float32 always.
         seed: Of noise and sampling.
         num_figures: Slices a volume that `predict` draws.
         save_samples: Whether `predict` writes every posterior sample beside mean and standard deviation.
@@ -89,17 +89,15 @@ class Reconstruction(lightning.LightningModule):
         method: Method,
         noise: NoiseModel | None = None,
         prior: str | None = None,
-        precision: str = "bf16",
+        precision: str = "auto",
         seed: int = 0,
         num_figures: int = 4,
         save_samples: bool = False,
         layout: Layout | None = None,
     ) -> None:
         super().__init__()
-        if precision not in PRECISIONS:
-            raise InputError(f"model.precision is '{precision}', expected one of {', '.join(PRECISIONS)}.")
         self.operator, self.method, self.noise = operator, method, noise or NoNoise()
-        self.precision, self.seed = precision, seed
+        self.precision, self.seed = check_precision(precision), seed
         self.num_figures, self.save_samples = num_figures, save_samples
         self.prior: Prior | None = None
         self.card: PriorCard | None = None
@@ -117,7 +115,7 @@ class Reconstruction(lightning.LightningModule):
             path = find_shared(prior, "checkpoints", ".safetensors")
             self.prior, self.card = load_prior(path)
             self.prior = self.prior if layout is None else lay_out(self.prior, layout)
-            self.prior.denoiser.compute_dtype = PRECISIONS[precision]  # type: ignore[union-attr]
+            self.prior.denoiser.precision = precision  # type: ignore[union-attr]
             self.weights_sha256 = file_hash(path)
 
     def setup(self, stage: str) -> None:
@@ -300,7 +298,7 @@ class Reconstruction(lightning.LightningModule):
         return {
             "method": type(self.method).__name__,
             "prior": prior,
-            "precision of the prior": self.precision,
+            "precision of the prior": resolve_precision(self.precision, self.device),
             "seed": str(self.seed),
         }
 

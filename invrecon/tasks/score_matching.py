@@ -218,8 +218,8 @@ class ScoreMatching(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         """Runs both networks in the precision of the Trainer."""
-        dtype = torch.bfloat16 if "bf16" in str(self.trainer.precision) else None
-        self.denoiser.compute_dtype = self.ema.compute_dtype = dtype
+        precision = "bf16" if "bf16" in str(self.trainer.precision) else "32"
+        self.denoiser.precision = self.ema.precision = precision
 
     on_validation_start = on_fit_start
 

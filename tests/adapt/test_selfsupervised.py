@@ -38,10 +38,10 @@ OPERATOR = ParallelBeamCT(SIZE, 8, num_bins=24)
 NAMES = ["a", "b", "c"]
 
 
-def make_prior(patches: bool = True, dtype: torch.dtype | None = None, attention: bool = False) -> Prior:
+def make_prior(patches: bool = True, precision: str = "32", attention: bool = False) -> Prior:
     torch.manual_seed(0)
     denoiser = EDMDenoiser(awake(UNet(base_channels=8, multipliers=(1, 2), attention=attention)), 0.3)
-    denoiser.compute_dtype = dtype
+    denoiser.precision = precision
     return (PatchPrior(denoiser, 8, 16) if patches else WholePrior(denoiser)).eval()
 
 
@@ -259,7 +259,7 @@ def test_several_samples_share_an_adapter_and_run_at_once() -> None:
 
 
 def test_reduced_precision() -> None:
-    prior, y = make_prior(dtype=torch.bfloat16), measure()
+    prior, y = make_prior(precision="bf16"), measure()
     estimate, (trace,) = run(SCD(learning_rate=1e-3, steps=2), fast(3), prior, y)
     assert estimate.mean.dtype == torch.float32 and estimate.mean.isfinite().all()
     assert max(trace.movement.values()) > 0

@@ -152,7 +152,7 @@ def test_directions_depend_on_seed_and_name_alone() -> None:
 def test_half_precision_and_cached_weights(kind: str) -> None:
     """Autocast and `parametrize.cached` change neither what is computed nor that every chunk's gradient arrives."""
     prior, x = make_prior(), torch.randn(1, 1, 20, 20)
-    prior.denoiser.compute_dtype = torch.bfloat16
+    prior.denoiser.precision = "bf16"
     adapted, parameters = adapted_copy(prior, KINDS[kind])
     adapt(adapted, parameters, 1)
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import invrecon.methods
 from invrecon.errors import InputError
+from invrecon.precision import training_precision
 from tests.cli.tiny import FAST, QUIET, ROOT, SIZE, files_in, learn, read, reconstruct
 
 # What makes each config tiny. A reconstruction of CT that is not named here is made tiny by what it has (`shrink`).
@@ -104,6 +105,7 @@ def test_a_prior_is_trained_validated_and_used(
     invrecon(command)
     assert {"checkpoints/last.ckpt", "prior.safetensors", "prior.md"} <= files_in(run)
     prior = load_file(run / "prior.safetensors")
+    assert f"| precision | {training_precision('cpu')} |" in (run / "prior.md").read_text()
     steps = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
     assert steps == 4
 
@@ -121,6 +123,15 @@ def test_a_prior_is_trained_validated_and_used(
     result = read(tmp_path / "out" / f"{Path(data).stem}.h5")
     assert result.shape == ((4, 3, SIZE, SIZE) if rgb else (4, SIZE, SIZE))
     assert not files_in(here)
+
+
+def test_the_precision_that_is_asked_for_wins(
+    invrecon: Callable[..., Any], library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("invrecon.cli.training_precision", lambda device: "bf16-mixed")
+    command = learn("patch_ct.yaml", library / "scans", tmp_path / "run")
+    assert invrecon([*command, "--trainer.precision=32-true"]).trainer.precision == "32-true"
+    assert invrecon(["validate", *command[1:]]).trainer.precision == "bf16-mixed"
 
 
 def test_an_interrupted_training_is_continued_by_the_same_command(

@@ -109,7 +109,7 @@ def test_reduced_precision_is_the_networks_alone() -> None:
     denoiser = EDMDenoiser(Linear(), 0.5)
     u = torch.rand(1, 1, 8, 8)
     exact = denoiser(u, 1e-3, position_of(u)).detach()
-    denoiser.compute_dtype = torch.bfloat16
+    denoiser.precision = "bf16"
     rough = denoiser(u, 1e-3, position_of(u)).detach()
     assert denoiser.network.dtype == torch.bfloat16 and rough.dtype == torch.float32
     assert float((rough - exact).abs().max()) < 2e-5  # bfloat16's 4e-3 of c_out F, not of the image

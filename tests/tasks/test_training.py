@@ -133,7 +133,7 @@ def test_whole_images_train_the_same_network(tmp_path: Path) -> None:
 def test_bfloat16_runs_the_network_and_keeps_the_weights_in_float32(tmp_path: Path) -> None:
     model = make_model()
     fit(tmp_path, model, make_data(), 2, precision="bf16-mixed")
-    assert model.denoiser.compute_dtype == model.ema.compute_dtype == torch.bfloat16
+    assert model.denoiser.precision == model.ema.precision == "bf16"
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from invrecon.precision import reduced_dtype
 from invrecon.priors.base import broadcast, per_sample
 from invrecon.priors.edm import EDMDenoiser
 from invrecon.priors.thirdparty.edm import DhariwalUNet, SongUNet
@@ -74,8 +75,8 @@ class ImportedDenoiser(EDMDenoiser):
             inputs = torch.cat([inputs, self.position_scale * position.to(u.dtype)], dim=1)
         inputs = inputs.contiguous(memory_format=torch.channels_last)
         # Only the network runs in reduced precision: the state, the skip path and the operators stay as they are.
-        reduced = self.compute_dtype is not None
-        with torch.autocast(u.device.type, dtype=self.compute_dtype) if reduced else nullcontext():
+        dtype = reduced_dtype(self.precision, u.device)
+        with nullcontext() if dtype is None else torch.autocast(u.device.type, dtype=dtype):
             F = self.network(inputs, c_noise)[:, : u.shape[1]]
         return (broadcast(c_skip, v) * v + broadcast(c_out, v) * F.to(u.dtype) - self.shift) / self.scale
 
