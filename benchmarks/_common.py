@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from benchmarks._machine import choose_device, describe_machine, machine, synchronize
 from benchmarks._record import Record, Row
 from invrecon import operators
 from invrecon.adapt import Adaptation, SuitabilityTest
@@ -34,6 +34,7 @@ from invrecon.operators import (
     RelativeGaussianNoise,
     TransmissionPoisson,
 )
+from invrecon.precision import resolve_precision
 from invrecon.priors import layouts
 from invrecon.priors.layouts import Layout
 from invrecon.report.provenance import fingerprint
@@ -49,7 +50,6 @@ TEST_SLICES, FEW_SLICES = "10:90:5", "10,35,60,85"
 # so a field of 500 mm.
 NATIVE_VOXEL_MM = (3.0, 0.9766, 0.9766)
 METRICS = ("psnr", "ssim", "psnr_body", "relative_residual")
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -136,43 +136,6 @@ def plain(value: Any) -> Any:
 file_hash = cache(sha256)
 
 
-def choose_device(name: str) -> torch.device:
-    """Returns the device of that name; `auto` is a GPU where there is one.
-
-    Raises:
-        InputError: There is no GPU.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device is cuda, but torch finds no GPU: use --device cpu, or auto.")
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
-
-
-def synchronize() -> None:
-    """Waits until a GPU has done what it was given, so that a clock sees all of it."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-
-
-def machine(threads: int, device: torch.device = CPU) -> dict[str, Any]:
-    """Sets the number of threads; returns what a reader needs to judge the times."""
-    torch.set_num_threads(threads)
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        return {"processor": name, "threads": threads, **versions, "device": device.type}
-    processor = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
-    return {"processor": processor, "threads": threads, **versions}  # of CPUs: with more, no old row would be found
-
-
-def describe_machine(facts: Mapping[str, Any]) -> str:
-    """Returns the machine as a line."""
-    threads = "" if "device" in facts else f", {facts['threads']} thread{'s' * (facts['threads'] != 1)}"
-    return f"{facts['processor']}{threads}, torch {facts['torch']}, Python {facts['python']}"
-
-
 @dataclass(frozen=True)
 class Entry:
     """Who competes: a method, with what it needs.
@@ -204,7 +167,7 @@ class Bench:
         reconstruction: The task, where nothing adapts.
         record: Where rows are kept.
         size: Side of the reconstructed images; the detector has twice as many bins, as PaDIS has it.
-        precision: Of the priors' networks.
+        precision: Of the priors' networks; `auto` is what a row of this device has.
         seed: Of noise and sampling.
     """
 
@@ -212,7 +175,7 @@ class Bench:
 
     record: Record
     size: int = 256
-    precision: str = "bf16"
+    precision: str = "auto"
     seed: int = 0
 
     def operator(self, setting: Setting) -> LinearOperator:
@@ -249,15 +212,17 @@ class Bench:
         weights: str | None = None,
         **more: Any,
     ) -> str:
-        """Returns the fingerprint of all that decides a row, its time included."""
+        """Returns the fingerprint of all that decides a row but the machine and what it rounds to.
+
+        An image hardly depends on these. Times do: a row says where it was measured, and times of different machines
+        are never compared.
+        """
         settings = {
             "geometry": setting.physics or self.operator(setting).geometry,
             "size": self.size,
             "noise": plain(setting.noise),
             "method": plain(method),
-            "precision": self.precision if method.needs_prior else None,
             "seed": self.seed,
-            "machine": self.record.machine,
             **more,
         }
         own = weights or weights_hash(prior) if method.needs_prior else None
@@ -285,13 +250,15 @@ class Bench:
         if found is not None:
             return found
         result = self.reconstruct(setting, entry, batch)
-        stats = result.estimate.stats
+        stats, device = result.estimate.stats, self.record.device
         solver = {k: v for k in ("num_iterations", "relative_gap") if isinstance(v := stats.get(k), list)}
         rows = [
             {
                 **row,
                 "setting": setting.name,
                 "method": entry.label,
+                "machine": describe_machine(self.record.machine),
+                **({"precision": resolve_precision(self.precision, device)} if entry.method.needs_prior else {}),
                 **{name: values[b] for name, values in solver.items()},
             }
             for b, row in enumerate(result.rows)
@@ -369,8 +336,11 @@ def interleave(runs: Mapping[str, Callable[[], object]], repeats: int, warmup: i
 
 
 def median_seconds(rows: Iterable[Row]) -> float:
-    """Returns the median time a slice."""
-    return statistics.median(row["seconds"] for row in rows)
+    """Returns the median time a slice, on the machine that most of the rows were measured on."""
+    by_machine: dict[str | None, list[float]] = {}
+    for row in rows:
+        by_machine.setdefault(row.get("machine"), []).append(row["seconds"])
+    return statistics.median(max(by_machine.values(), key=len))
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:

@@ -31,6 +31,7 @@ from invrecon.methods import DDIM, KarrasSchedule, UnconditionalSampler
 from invrecon.metrics import body_mask, find_seams, paired_difference, seam_statistic, summarise
 from invrecon.metrics.summary import format_entry
 from invrecon.operators import Identity
+from invrecon.precision import PRECISIONS
 from invrecon.priors.layouts import FixedGrid, Layout
 from invrecon.priors.patch import PatchPrior
 from invrecon.report.provenance import fingerprint
@@ -123,9 +124,7 @@ def sample(
         "layout": _common.plain(contestant.layout),
         "grid": [patch_size, offset],
         "size": options.size,
-        "precision": options.precision,
         "batch_size": options.batch_size,
-        "machine": record.machine,
     }
     identity = fingerprint(settings, _common.weights_hash(contestant.prior), [])
     task: Reconstruction | None = None
@@ -199,7 +198,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--naive", help="patch prior trained without positions; left out if not given")
     parser.add_argument("--num-images", type=int, default=8, help="samples of each prior")
     parser.add_argument("--levels", type=int, default=100, help="noise levels, and so evaluations a sample")
-    parser.add_argument("--precision", choices=("bf16", "32"), default="bf16")
+    parser.add_argument("--precision", choices=PRECISIONS, default="auto")
     parser.add_argument("--figure", type=Path, help="PNG of the first samples")
     options = parser.parse_args(args)
     patch_size = patch_size_of(make_task(Contestant(options.prior), options.size, 1, options.precision))

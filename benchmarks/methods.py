@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks import _common
+from benchmarks import _common, _machine
 from benchmarks._common import HELD_OUT, SETTINGS, Bench, Entry, Row
 from benchmarks._methods import find_methods, shorten
 from benchmarks.claims._problems import PROBLEMS
@@ -47,11 +47,11 @@ class NetworkClock:
         ]
 
     def _begin(self, *event: object) -> None:
-        _common.synchronize()
+        _machine.synchronize()
         self._start = time.perf_counter()
 
     def _end(self, *event: object) -> None:
-        _common.synchronize()
+        _machine.synchronize()
         self.seconds += time.perf_counter() - self._start
 
     def remove(self) -> None:

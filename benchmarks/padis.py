@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import _common
+from benchmarks import _common, _machine
 from benchmarks._common import FEW_SLICES, HELD_OUT, SETTINGS, Bench, Entry, Row
 from invrecon.data.cases import CaseBatch
 from invrecon.methods import Method, PaDISNormalised, PaDISRepo, ProximalDiffusion
 from invrecon.metrics.summary import paired_difference
+from invrecon.precision import has_bfloat16
 from invrecon.rng import make_generators
 
 NUM_INNER, PUBLISHED = 10, 1000
@@ -37,30 +38,37 @@ def contestant(bench: Bench, method: Method, prior: str, precision: str, batch: 
     return lambda: task.method(y, operator, task.prior, generators=make_generators(bench.seed, batch.id))
 
 
+def timed_rows(device: torch.device) -> dict[str, str]:
+    """Returns the precisions that the published recipe is timed in: emulated, bfloat16 would take ten times as long."""
+    return {REPO: "32", **({REPO_BF16: "bf16"} if has_bfloat16(device.type) else {})}
+
+
 def time_all(bench: Bench, prior: str, timed: int, repeats: int, batches: list[CaseBatch]) -> list[Row]:
     """Returns seconds a slice of each contestant, a row a repeat; contestants take turns within a repeat."""
     setting, batch = SETTINGS["20-clean"], batches[0]
     (single,) = _common.load_batches(HELD_OUT, str(batch.index[0]), bench.size, 1)
     ours, repo = ProximalDiffusion(), PaDISRepo(num_levels=timed // NUM_INNER, num_inner=NUM_INNER)
+    where = {"machine": bench.record.machine, "precision": bench.precision}
+    names = timed_rows(bench.record.device)
     runs, rows = None, []
     for repeat in range(repeats):
-        identity = bench.identity(setting, repo, prior, batch.source[0], ours=_common.plain(ours), batch=batch.id)
+        more = {"ours": _common.plain(ours), "batch": batch.id, **where}
+        identity = bench.identity(setting, repo, prior, batch.source[0], **more)
         row = bench.record.find(f"timing/{repeat}", identity)
         if row is None:
             runs = runs or {
                 OURS: contestant(bench, ours, prior, bench.precision, batch),
-                REPO: contestant(bench, repo, prior, "32", single),
-                REPO_BF16: contestant(bench, repo, prior, "bf16", single),
+                **{name: contestant(bench, repo, prior, names[name], single) for name in names},
             }
-            scale = {OURS: 1 / len(batch), REPO: PUBLISHED / timed, REPO_BF16: PUBLISHED / timed}
+            scale = {OURS: 1 / len(batch), **dict.fromkeys(names, PUBLISHED / timed)}
             seconds = {}
             for name, run in runs.items():
-                _common.synchronize()
+                _machine.synchronize()
                 start = time.perf_counter()
                 run()
-                _common.synchronize()
+                _machine.synchronize()
                 seconds[name] = scale[name] * (time.perf_counter() - start)
-            row = {"seconds": seconds, "ratio": {name: seconds[name] / seconds[OURS] for name in (REPO, REPO_BF16)}}
+            row = {"seconds": seconds, "ratio": {name: seconds[name] / seconds[OURS] for name in names}}
             bench.record.add({f"timing/{repeat}": row}, identity)
             _common.progress(", ".join(f"{name}: {value:.1f} s a slice" for name, value in seconds.items()))
         rows.append(row)
@@ -79,7 +87,7 @@ def report(ours: list[Row], published: list[Row], timing: list[Row], evaluations
          f"{median('seconds', OURS):.2f}", "1"),
         (NORMALISED, evaluations, *_common.metric_cells(published), ""),
         *((name, f"{PUBLISHED} (extrapolated)", *["-"] * len(_common.METRICS), f"{median('seconds', name):.0f}",
-           f"{median('ratio', name):.0f}") for name in (REPO, REPO_BF16)),
+           f"{median('ratio', name):.0f}") for name in timing[0]["ratio"]),
     ]  # fmt: skip
     header = ["20 views, noise-free", "Evaluations", *_common.METRIC_HEADINGS, "Time, in units of ours"]
     print("\n" + _common.markdown(header, lines))
@@ -88,8 +96,8 @@ def report(ours: list[Row], published: list[Row], timing: list[Row], evaluations
     print(f"Time of {REPO} over ours: {min(ratios):.0f} to {max(ratios):.0f} in {len(ratios)} repeats")
     return {
         "difference": difference,
-        "seconds": {name: median("seconds", name) for name in (OURS, REPO, REPO_BF16)},
-        "ratio": {name: median("ratio", name) for name in (REPO, REPO_BF16)},
+        "seconds": {name: median("seconds", name) for name in timing[0]["seconds"]},
+        "ratio": {name: median("ratio", name) for name in timing[0]["ratio"]},
     }
 
 

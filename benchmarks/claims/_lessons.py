@@ -21,6 +21,7 @@ from torch import Tensor
 from benchmarks import _common
 from benchmarks._common import VALIDATION
 from invrecon.data.training import CTTraining
+from invrecon.precision import training_precision
 from invrecon.priors.edm import NoiseProposal
 from invrecon.priors.unet import UNet
 from invrecon.report.provenance import fingerprint
@@ -153,7 +154,7 @@ class School:
             trainer = lightning.Trainer(
                 accelerator="gpu" if self.machine.get("device") == "cuda" else "cpu",
                 devices=1,
-                precision="bf16-mixed",
+                precision=training_precision(self.machine.get("device", "cpu")),
                 max_steps=self.num_steps(lesson),
                 max_epochs=-1,
                 gradient_clip_val=1.0,

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import _common
+from benchmarks import _common, _machine
 from benchmarks._record import read_record
 from benchmarks.claims._problems import PROBLEMS
 from benchmarks.claims._verdicts import FAILS, HOLDS, MISSING, OPEN, REPRODUCED
@@ -60,7 +60,7 @@ def _page(path: Path, folder: Path, titles: Mapping[str, str], found: Mapping[st
     )
     yield _common.markdown(["Table", *OUTCOMES], counts) + "\n"
     for letter, own in rows.items():
-        machine = _common.describe_machine(found[letter]["machine"])
+        machine = _machine.describe_machines(found[letter]["parts"].values())
         yield f"## ({letter}) {titles[letter]}\n"
         yield f"[All rows, figures and what they are]({link[letter]}). Measured on {machine}.\n"
         measured = [row for row in own if row[2] != MISSING]

@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
-from benchmarks import _common
+from benchmarks import _common, _machine
 from benchmarks._common import HELD_OUT, Bench, Entry, Row, Setting
 from benchmarks.claims._lessons import Lesson, School
 from benchmarks.claims._problems import PROBLEMS
@@ -196,7 +196,8 @@ class Run(ABC):
 
     def _text(self, tables: Mapping[str, Table], findings: Mapping[str, dict[str, Any]]) -> Iterator[str]:
         yield f"# ({self.path.stem}) {self.title}\n"
-        yield self.introduction(_common.describe_machine(self.bench.record.machine))
+        rows = (row for table in tables.values() for own in table.values() for row in own)
+        yield self.introduction(_machine.describe_machines(rows))
         outcomes: dict[str, dict[str, str]] = {}
         for name, found in findings.items():
             for verdict in found["verdicts"]:

@@ -103,12 +103,13 @@ def interval(rows: Sequence[Row], value: Callable[[Row], float | None]) -> dict[
 
 
 def ratio(a: Sequence[Row] | None, b: Sequence[Row] | None, metric: str = "seconds") -> dict[str, Any] | None:
-    """Returns the mean of a metric's ratio over the slices both have."""
-    other = {(row["case"], row["slice"]): row[metric] for row in b or ()}
-    return interval(
-        [row for row in a or () if (row["case"], row["slice"]) in other],
-        lambda row: row[metric] / other[row["case"], row["slice"]],
-    )
+    """Returns the mean of a metric's ratio over the slices both have, measured on the same machine."""
+
+    def place(row: Row) -> tuple[Any, ...]:
+        return row["case"], row["slice"], row.get("machine")
+
+    other = {place(row): row[metric] for row in b or ()}
+    return interval([row for row in a or () if place(row) in other], lambda row: row[metric] / other[place(row)])
 
 
 def gap_share(

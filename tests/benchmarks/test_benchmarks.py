@@ -11,7 +11,19 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import _common, _step_timer, denoiser, evaluations, memory, padis, reconstruction, training, tune
+from benchmarks import (
+    _common,
+    _machine,
+    _step_timer,
+    denoiser,
+    evaluations,
+    memory,
+    padis,
+    reconstruction,
+    training,
+    tune,
+)
+from benchmarks.claims._verdicts import ratio
 from invrecon.errors import InputError
 from tests.cli.tiny import SIZE, make_prior, make_volume, slices_of_a_chest
 
@@ -233,23 +245,40 @@ def test_the_native_file_gets_its_voxel_size(folder: Path) -> None:
         assert np.asarray(file["data"]).shape[-1] == 2 * SIZE
 
 
-def test_the_facts_of_cpus_are_those_of_old_rows() -> None:
-    facts = _common.machine(1)
-    assert list(facts) == ["processor", "threads", "torch", "python"], "with more, no row is found again"
-    assert ", 1 thread, torch " in _common.describe_machine(facts)
-    gpu = {**facts, "processor": "NVIDIA H200", "device": "cuda"}
-    assert _common.describe_machine(gpu).startswith("NVIDIA H200, torch ")
+def test_rows_outlive_the_machine_and_their_times_do_not_mix(folder: Path) -> None:
+    setting, source = _common.SETTINGS["20-clean"], str(folder / _common.HELD_OUT)
+    benches = [
+        _common.Bench(_common.Record(None, "x", {"processor": name, "threads": threads}), SIZE, precision)
+        for name, threads, precision in (("A", 1, "32"), ("B", 8, "bf16"))
+    ]
+    identities = {bench.identity(setting, reconstruction.FBP(), None, source) for bench in benches}
+    assert len(identities) == 1
+    rows: list[Any] = [{"machine": "A", "precision": "bf16", "seconds": s} for s in (1.0, 2.0, 3.0)]
+    rows += [{"machine": "B", "precision": "32", "seconds": 100.0}]
+    assert _common.median_seconds(rows) == 2.0
+    assert _machine.describe_machines(rows) == "A (bfloat16); B (float32)"
+    own = [{"case": "c", "slice": n, "patient": "p", **row} for n, row in enumerate(rows)]
+    cost = ratio(own, [{**row, "machine": "A", "seconds": 0.5} for row in own])
+    assert cost is not None and cost["num_cases"] == 3 and cost["mean"] == pytest.approx(4.0)
+
+
+def test_a_machine_is_described_with_what_decides_its_speed() -> None:
+    facts = _machine.machine(1)
+    capability = torch.backends.cpu.get_cpu_capability()
+    assert f" ({capability}), 1 thread, torch " in _machine.describe_machine(facts)
+    gpu = {"processor": "NVIDIA H200", "threads": 1, "torch": "2", "python": "3", "device": "cuda"}
+    assert _machine.describe_machine(gpu).startswith("NVIDIA H200, torch ")
     assert _common.Record(None, "x", facts).device.type == "cpu"
     assert _common.Record(None, "x", gpu).device.type == "cuda"
 
 
 def test_a_gpu_that_is_not_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert _common.choose_device("auto") == _common.choose_device("cpu") == torch.device("cpu")
+    assert _machine.choose_device("auto") == _machine.choose_device("cpu") == torch.device("cpu")
     with pytest.raises(InputError, match="torch finds no GPU"):
         reconstruction.main(["--methods", "FBP", "--device", "cuda"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert _common.choose_device("auto") == _common.choose_device("cuda") == torch.device("cuda")
+    assert _machine.choose_device("auto") == _machine.choose_device("cuda") == torch.device("cuda")
 
 
 def test_records_of_processes_that_ran_at_once_make_one(tmp_path: Path) -> None:
