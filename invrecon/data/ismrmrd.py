@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from invrecon.data.fastmri_files import header_values
 from invrecon.data.hdf5 import brief, open_hdf5
-from invrecon.data.kspace import KSpace, header_values
+from invrecon.data.kspace import KSpace
 from invrecon.errors import InputError
 
 GROUP = "dataset"

@@ -11,18 +11,8 @@ from torch import Tensor
 from invrecon.data.augmentation import Augmentation
 from invrecon.data.cases import Case
 from invrecon.data.hdf5 import HDF5_SUFFIXES, open_hdf5, text_of
-from invrecon.data.kspace import (
-    ARRAY_SUFFIXES,
-    MAGNITUDE,
-    RAW_SUFFIX,
-    KSpace,
-    calibration_scale,
-    estimate_noise,
-    image_kspace,
-    is_block,
-    is_kspace,
-    open_kspace,
-)
+from invrecon.data.kspace import MAGNITUDE, KSpace, calibration_scale, estimate_noise, image_kspace, is_block
+from invrecon.data.kspace_files import ARRAY_SUFFIXES, RAW_SUFFIX, is_kspace, open_kspace
 from invrecon.data.reconstruction import ReconstructionData, case_id, resolve_paths
 from invrecon.data.training import PriorTraining, held_out_names
 from invrecon.data.volume import Volume, suffix_of

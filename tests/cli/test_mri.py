@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from invrecon.data.kspace import MAGNITUDE, image_kspace, write_fastmri
+from invrecon.data.fastmri_files import write_fastmri
+from invrecon.data.kspace import MAGNITUDE, image_kspace
 from invrecon.data.mri import MRIData, random_phase
 from invrecon.data.phantoms import ellipse_phantom
 from invrecon.errors import InputError

@@ -13,19 +13,10 @@ import torch
 from fastmri.data import SliceDataset
 from torch import Tensor
 
+from invrecon.data.fastmri_files import fastmri_header, write_fastmri
 from invrecon.data.ismrmrd import GROUP
-from invrecon.data.kspace import (
-    calibration_scale,
-    crop,
-    crop_readout,
-    estimate_noise,
-    fastmri_header,
-    image_kspace,
-    is_block,
-    is_kspace,
-    open_kspace,
-    write_fastmri,
-)
+from invrecon.data.kspace import calibration_scale, crop, crop_readout, estimate_noise, image_kspace, is_block
+from invrecon.data.kspace_files import is_kspace, open_kspace
 from invrecon.data.mri import random_phase
 from invrecon.data.phantoms import ellipse_phantom
 from invrecon.errors import InputError

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from invrecon.data.cases import collate_cases
-from invrecon.data.kspace import MAGNITUDE, calibration_scale, image_kspace, write_fastmri
+from invrecon.data.fastmri_files import write_fastmri
+from invrecon.data.kspace import MAGNITUDE, calibration_scale, image_kspace
 from invrecon.data.mri import MRIData, MRITraining, find_mri, fit, magnitude_of, open_magnitudes, random_phase
 from invrecon.data.phantoms import ellipse_phantom
 from invrecon.errors import InputError
