@@ -27,7 +27,7 @@ from invrecon.methods.dip import (
     WindowedVarianceStop,
 )
 from invrecon.methods.dip.measurement import CaseData
-from invrecon.methods.start import EstimateStart, GivenStart
+from invrecon.methods.start import EstimateStart, GivenStart, Start
 from invrecon.methods.transitions import DDIM, Langevin
 from invrecon.operators import CartesianMRI, Identity, LinearOperator, ParallelBeamCT
 from invrecon.priors.analytic import GaussianPrior
@@ -46,6 +46,17 @@ class OneConvolution(FittedNetwork):
     def module(self, in_channels: int, out_channels: int) -> nn.Module:
         """Returns a 3 x 3 convolution."""
         return nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+
+
+class AsItIs(Start):
+    """An image, without a draw."""
+
+    def __init__(self, image: Tensor) -> None:
+        self.image = image
+
+    def __call__(self, *arguments: object) -> Tensor:
+        """Returns it."""
+        return self.image
 
 
 def blob(num: int = 1, channels: int = 1) -> Tensor:
@@ -81,6 +92,19 @@ def measured(operator: LinearOperator, x: Tensor, noise: float = 0.02, seed: int
 
 def case_data(y: Tensor, operator: LinearOperator, seed: int, stop: HeldOutStop | None = None) -> CaseData:
     return CaseData(y, operator, AllIterations() if stop is None else stop, torch.Generator().manual_seed(seed))
+
+
+# what a fit sees
+
+
+@pytest.mark.parametrize("fraction", [0.2, 0.5])
+def test_the_first_image_is_as_bright_as_the_object_whatever_is_held_out(fraction: float) -> None:
+    x, operator = blob(), ct(40)
+    data = case_data(operator(x), operator, 1, HeldOutStop(fraction))
+    assert float(data.held_out.sum() / (data.held_out | data.seen).sum()) == pytest.approx(fraction, abs=0.03)
+    assert float(data.baseline.sum() / x.sum()) == pytest.approx(1, abs=0.08)
+    residual = data.fitted_operator(data.baseline) - data.fitted_y
+    assert float((residual * data.fitted_operator(data.baseline)).sum()) == pytest.approx(0, abs=1e-9), "least squares"
 
 
 # the fit
@@ -184,8 +208,11 @@ def test_a_reference_is_what_the_network_starts_from() -> None:
     y = measured(operator, truth)
     given = ReferenceDIP(GivenStart(truth, noise=0), TINY, 3)(y, operator, generators=generators(1)).mean
     asked = ReferenceDIP(EstimateStart(FBP(clip=None)), TINY, 3)(y, operator, generators=generators(1)).mean
-    assert torch.equal(asked, ReferenceDIP(None, TINY, 3)(y, operator, generators=generators(1)).mean)
-    assert not torch.equal(given, asked)
+    default = ReferenceDIP(None, TINY, 3)(y, operator, generators=generators(1)).mean
+    first = case_data(y, operator, generators(1)[0].initial_seed(), HeldOutStop()).baseline
+    again = ReferenceDIP(AsItIs(first), TINY, 3)(y, operator, generators=generators(1)).mean
+    assert torch.equal(default, again)
+    assert not torch.equal(given, asked) and not torch.equal(default, asked)
 
 
 # when to stop

@@ -30,7 +30,7 @@ class CaseData:
         held_out: Rows that count but are held out.
         fitted_operator: `A` without the rows that are not seen.
         fitted_y: What it measured.
-        baseline: Its direct inverse, `(1, *image_shape)`.
+        baseline: Its direct inverse at the scale that fits best, `(1, *image_shape)`.
         scale: 99th percentile of its magnitude: the image's unit for the network.
 
     Args:
@@ -51,7 +51,7 @@ class CaseData:
         self.y = torch.where(counts, y, 0.0)
         self.fitted_operator, self.fitted_y = restrict_to(self.operator, self.y, self.seen)
         self.fitted_operator.noise_std = std
-        self.baseline = self.fitted_operator.baseline(self.fitted_y)
+        self.baseline = fit_scale(self.fitted_operator.baseline(self.fitted_y), self.fitted_operator, self.fitted_y)
         magnitude = self.baseline.norm(dim=1).flatten()
         scale = float(magnitude.kthvalue(max(1, round(0.99 * magnitude.numel()))).values)
         self.scale = scale if scale > 0 else 1.0
@@ -74,6 +74,13 @@ class CaseData:
             difference: `x - z`.
         """
         return self._gain * difference.square().sum() / self._unit
+
+
+def fit_scale(x: Tensor, operator: LinearOperator, y: Tensor) -> Tensor:
+    """Returns `s x` with the factor `s` that makes `||s A x - y||` least: a direct inverse takes unseen rows for zero."""
+    projected = operator(x)
+    energy = projected.square().sum()
+    return x * (projected * y).sum() / energy if energy > 0 else x
 
 
 def check_image(x: Tensor, operator: LinearOperator, what: str) -> Tensor:
