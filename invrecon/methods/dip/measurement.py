@@ -77,7 +77,7 @@ class CaseData:
 
 
 def fit_scale(x: Tensor, operator: LinearOperator, y: Tensor) -> Tensor:
-    """Returns `s x` with the factor `s` that makes `||s A x - y||` least: a direct inverse takes unseen rows for zero."""
+    """Returns `s x` that fits best, `s = argmin ||s A x - y||`: a direct inverse takes unseen rows for zero."""
     projected = operator(x)
     energy = projected.square().sum()
     return x * (projected * y).sum() / energy if energy > 0 else x
