@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from invrecon.data.hdf5 import HDF5_SUFFIXES, brief, open_hdf5, read_voxel_mm, text_of
-from invrecon.data.kspace import KSpace, read_noise_std
+from invrecon.data.kspace import KSpace, read_noise_covariance, read_noise_std
 from invrecon.data.volume import suffix_of
 from invrecon.errors import InputError
 
@@ -15,8 +15,8 @@ from invrecon.errors import InputError
 class ArrayFile(KSpace):
     """A complex array `(slices, coils, rows, columns)`, or of one slice `(coils, rows, columns)`.
 
-    HDF5 (a dataset; attributes `voxel_mm`, `patient` and `noise_std`), npy, or BART's cfl with its hdr, whose third
-    dimension must have one entry.
+    HDF5 (a dataset; attributes `voxel_mm`, `patient` and `noise_std`, a dataset `noise_covariance`), npy, or BART's cfl
+    with its hdr, whose third dimension must have one entry.
 
     Args:
         path: The file.
@@ -31,6 +31,7 @@ class ArrayFile(KSpace):
                 attrs = {**file.attrs, **file[dataset].attrs}
                 self.voxel_mm = read_voxel_mm(path, attrs)
                 patient = text_of(file.attrs.get("patient", ""))
+                self.noise_covariance = read_noise_covariance(path, file, shape[-3] if len(shape) > 2 else 0)
         else:
             array = self._open()
             shape, dtype, patient = array.shape, array.dtype, ""

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from invrecon.data.hdf5 import VoxelSize, brief, open_hdf5, text_of
-from invrecon.data.kspace import KSpace, Matrix, crop, read_noise_std
+from invrecon.data.kspace import KSpace, Matrix, crop, read_noise_covariance, read_noise_std
 from invrecon.errors import InputError
 from invrecon.files import atomic_h5
 from invrecon.operators.fourier import ifft2c, pairs_to_complex
@@ -47,6 +47,7 @@ class FastMRIFile(KSpace):
                 )
             header = file["ismrmrd_header"][()]
             self.noise_std = read_noise_std(path, {**file.attrs, **stored.attrs}, shape[1])
+            self.noise_covariance = read_noise_covariance(path, file, shape[1])
         self._finish(shape)
         try:
             self.metadata, _ = fastmri_slices()._retrieve_metadata(path)

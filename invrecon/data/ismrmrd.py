@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from invrecon.data.fastmri_files import header_values
 from invrecon.data.hdf5 import brief, open_hdf5
 from invrecon.data.kspace import KSpace
 from invrecon.errors import InputError
+from invrecon.operators.coils import noise_covariance
 
 GROUP = "dataset"
 # Numbers (from 1) of the flags of readouts that are no part of k-space: noise, navigation, phase correction, dummies,
 # feedback, coil correction and phase stabilisation.
-NOT_IMAGING = (19, 23, 24, 26, 27, 28, 29, 30, 31)
+NOISE = 19
+NOT_IMAGING = (NOISE, 23, 24, 26, 27, 28, 29, 30, 31)
 SINGLE = ("kspace_encode_step_2", "contrast", "phase", "repetition", "set")
 
 
@@ -53,10 +57,34 @@ class ISMRMRDFile(KSpace):
         slices = self._heads["idx"]["slice"]
         num_coils = int(self._heads["active_channels"][0])
         self._finish((int(slices.max()) + 1, num_coils, *self._encoded))
+        self.noise_covariance = self._noise_covariance(heads, xml)
         height, width = min(int(asked[0]), self._encoded[0]), min(int(asked[1]), self._encoded[1])
         self.shape, self.matrix = (*self.shape[:2], height, self._encoded[1]), (height, width)
         self.states_mask = len(np.unique(self._columns())) < self._encoded[1]
         self.voxel_mm = (field[2] / encoded[2], field[0] / encoded[0], field[1] / encoded[1])
+
+    def _noise_covariance(self, heads: np.ndarray, xml: bytes | str) -> Tensor | None:
+        """Returns the covariance of the coils' noise in k-space, from readouts of noise alone; None without them.
+
+        Noise power is in proportion to the bandwidth: at a dwell time of `t` it is `t_noise / (t b)` times that of the
+        noise readouts, with the receiver's relative noise bandwidth `b`; and averaging divides it.
+
+        Source: Kellman & McVeigh, "Image reconstruction in SNR units", MRM 54 (2005), on noise calibration.
+        """
+        is_noise = (heads["flags"] & np.uint64(1 << (NOISE - 1))) != 0
+        chosen = np.nonzero(is_noise & (heads["active_channels"] == self.shape[1]))[0]
+        with open_hdf5(self.path) as file:
+            readouts = [np.asarray(file[GROUP]["data"][int(n)]["data"], dtype=np.float32) for n in chosen]
+        whole = [values for values in readouts if values.size % (2 * self.shape[1]) == 0]
+        samples = [values.reshape(self.shape[1], -1, 2) for values in whole]
+        if sum(values.shape[1] for values in samples) < 2 * self.shape[1]:
+            return None  # too few to say anything
+        lines = np.unique(np.stack((self._heads["idx"]["slice"], self._columns())), axis=1).shape[1]
+        scale = lines / (len(self._lines) * _bandwidth(xml))
+        if "sample_time_us" in (heads.dtype.names or ()):
+            noise_time, time = float(heads["sample_time_us"][chosen[0]]), float(self._heads["sample_time_us"][0])
+            scale *= noise_time / time if noise_time > 0 and time > 0 else 1.0
+        return scale * noise_covariance(torch.from_numpy(np.concatenate(samples, axis=1)))
 
     def _columns(self) -> np.ndarray:
         return self._heads["idx"]["kspace_encode_step_1"].astype(int) + self._encoded[1] // 2 - self._centre
@@ -105,6 +133,20 @@ def is_ismrmrd(file: Any) -> bool:
     """Whether an open HDF5 file is ISMRMRD raw data."""
     group = file.get(GROUP)
     return hasattr(group, "keys") and "xml" in group and "data" in group
+
+
+def _bandwidth(xml: bytes | str) -> float:
+    """Returns the receiver's relative noise bandwidth; 1 if the header does not state it."""
+    from xml.etree import ElementTree
+
+    from fastmri.data.mri_data import et_query
+
+    path = ["acquisitionSystemInformation", "relativeReceiverNoiseBandwidth"]
+    try:
+        value = float(et_query(ElementTree.fromstring(xml), path))
+    except RuntimeError:
+        return 1.0
+    return value if value > 0 else 1.0
 
 
 def _limit(xml: bytes | str, name: str, default: int) -> int:

@@ -35,6 +35,8 @@ class KSpace(ABC):
         states_mask: Whether the file says what was measured: it then was undersampled by the scanner.
         voxel_mm: Voxel size `(z, y, x)` [mm], or None.
         noise_std: Standard deviation of real and imaginary parts that the file states, `()` or `(coils,)`, or None.
+        noise_covariance: Covariance of the coils' noise that the file states, `(coils, coils, 2)` per real component
+            (`invrecon.operators.noise_covariance`), or None.
         patient: The patient's identity; the file's stem if it does not say.
     """
 
@@ -44,6 +46,7 @@ class KSpace(ABC):
     states_mask: bool = False
     voxel_mm: VoxelSize | None = None
     noise_std: Tensor | None = None
+    noise_covariance: Tensor | None = None
     patient: str
 
     def __len__(self) -> int:
@@ -172,6 +175,25 @@ def read_noise_std(path: Path, attrs: dict[str, Any], num_coils: int) -> Tensor 
             f"imaginary parts, one number or one for each of {num_coils} coils; leave it out if it is not known."
         )
     return torch.from_numpy(values.astype(np.float32))
+
+
+def read_noise_covariance(path: Path, file: Any, num_coils: int) -> Tensor | None:
+    """Reads the dataset `noise_covariance` of an open HDF5 file, complex `(coils, coils)`; None if there is none.
+
+    Raises:
+        InputError: It is of another shape, or no covariance.
+    """
+    if "noise_covariance" not in file:
+        return None
+    values = np.asarray(file["noise_covariance"])
+    right = values.shape == (num_coils, num_coils) and values.dtype.kind in "fiuc" and np.isfinite(values).all()
+    if not right or not np.allclose(values, values.conj().T, rtol=1e-3, atol=1e-6 * np.abs(values).max(initial=0)):
+        raise InputError(
+            f"'noise_covariance' of {path} is {values.dtype} of shape {values.shape}, expected a finite Hermitian "
+            f"matrix ({num_coils}, {num_coils}), an entry for each pair of coils, per real component; leave it out if "
+            "it is not known."
+        )
+    return complex_to_pairs(torch.from_numpy(values.astype(np.complex64)))
 
 
 def estimate_noise(kspace: Tensor, mask: Tensor) -> Tensor:

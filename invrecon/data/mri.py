@@ -18,7 +18,7 @@ from invrecon.data.training import PriorTraining, held_out_names
 from invrecon.data.volume import Volume, suffix_of
 from invrecon.data.volumes import find_volumes, open_volume
 from invrecon.errors import InputError
-from invrecon.operators.coils import CoilMaps, ESPIRiT, simulated_maps, smooth_phase, with_phase
+from invrecon.operators.coils import CoilMaps, ESPIRiT, prewhiten, simulated_maps, smooth_phase, with_phase
 from invrecon.operators.mri import CartesianMRI
 from invrecon.operators.sampling import Sampling
 from invrecon.rng import make_generator
@@ -37,7 +37,8 @@ class MRIData(ReconstructionData):
 
     Images are divided by the 99th percentile of the image of the calibration region, each case by its own: nothing that
     the scanner does not tell is used. Results are written in the file's own units. The noise of measured k-space is
-    what the file states (attribute `noise_std`), or is estimated from the highest frequencies, coil by coil.
+    what the file states (attribute `noise_std`, or the covariance of the coils), or is estimated from the highest
+    frequencies, coil by coil.
 
     Args:
         paths: fastMRI, ISMRMRD, npy or cfl files of k-space, HDF5 files of complex or magnitude images, NIfTI or NRRD
@@ -53,6 +54,8 @@ class MRIData(ReconstructionData):
         num_workers: Processes that read ahead and estimate maps.
         dataset: HDF5 key of volumes and of complex arrays that are not called `kspace`.
         estimate_noise: Whether to estimate the noise of files that do not state it; they count as noise-free if not.
+        prewhiten: Whether coils are mixed so that their noise is uncorrelated and alike, where the file states its
+            covariance (a dataset `noise_covariance`, or the noise readouts of ISMRMRD).
     """
 
     def __init__(
@@ -68,11 +71,12 @@ class MRIData(ReconstructionData):
         num_workers: int = 0,
         dataset: str = "data",
         estimate_noise: bool = True,
+        prewhiten: bool = True,
     ) -> None:
         super().__init__(paths, slices, size, batch_size, num_workers, dataset)
         if num_coils < 1:
             raise InputError(f"data.num_coils is {num_coils}, expected at least 1.")
-        self.estimate_noise = estimate_noise
+        self.estimate_noise, self.prewhiten = estimate_noise, prewhiten
         self.sampling, self.maps, self.num_coils, self.seed = sampling, maps or ESPIRiT(kernel_size=4), num_coils, seed
         self.intensity = MAGNITUDE
         self._first: Case | None = None  # the first of the first file, which is often the only one
@@ -100,13 +104,17 @@ class MRIData(ReconstructionData):
 
     def _measured(self, file: KSpace, index: int, name: str) -> Case:
         full, mask = file.read(index)
+        std, covariance = file.noise_std, file.noise_covariance if self.prewhiten else None
+        if covariance is not None:
+            # In units of the coils' mean noise, so that images keep the file's own.
+            std = covariance[..., 0].diagonal().mean().sqrt()
+            full = std * prewhiten(full, covariance)
         complete = not file.states_mask and is_block(mask)
         if complete:
             mask = mask & self._draw_mask(mask, name)
         y = full * mask[..., None]
         maps = self.maps(y, mask) if file.shape[1] > 1 else None
         scale = calibration_scale(y, mask)
-        std = file.noise_std
         if std is None and self.estimate_noise:
             std = estimate_noise(y, mask)
         if std is not None:

@@ -102,8 +102,18 @@ def write_cfl(path: Path, kspace: Tensor, dims: list[int] | None = None) -> Path
     return path
 
 
-def write_ismrmrd(path: Path, kspace: Tensor, columns: range | None = None, header: bytes | None = None) -> Path:
-    """One readout a column and slice, after a noise scan that is no part of k-space."""
+def write_ismrmrd(
+    path: Path,
+    kspace: Tensor,
+    columns: range | None = None,
+    header: bytes | None = None,
+    noise: Tensor | None = None,
+    dwell_us: tuple[float, float] = (5.0, 5.0),
+) -> Path:
+    """One readout a column and slice, after a noise scan `(coils, samples, 2)` that is no part of k-space.
+
+    Dwell times are those of the noise scan and of the readouts.
+    """
     counters = np.dtype(
         [
             *((name, "<u2") for name in ("kspace_encode_step_1", "kspace_encode_step_2", "average", "slice")),
@@ -116,6 +126,7 @@ def write_ismrmrd(path: Path, kspace: Tensor, columns: range | None = None, head
             ("flags", "<u8"),
             *((name, "<u2") for name in ("number_of_samples", "active_channels", "center_sample")),
             ("trajectory_dimensions", "<u2"),
+            ("sample_time_us", "<f4"),
             ("idx", counters),
         ]
     )
@@ -123,13 +134,17 @@ def write_ismrmrd(path: Path, kspace: Tensor, columns: range | None = None, head
     slices, coils, rows, width, _ = kspace.shape
     lines = [(s, c) for s in range(slices) for c in (columns or range(width))]
     data = np.zeros(len(lines) + 1, dtype=np.dtype([("head", head), ("traj", real), ("data", real)]))
-    data[0]["head"]["flags"] = 1 << 18
+    data["head"]["sample_time_us"] = dwell_us[1]
+    data[0]["head"]["flags"], data[0]["head"]["sample_time_us"] = 1 << 18, dwell_us[0]
     for n, (s, c) in enumerate(lines, start=1):
         data[n]["head"]["number_of_samples"], data[n]["head"]["active_channels"] = rows, coils
         data[n]["head"]["center_sample"] = rows // 2
         data[n]["head"]["idx"]["slice"], data[n]["head"]["idx"]["kspace_encode_step_1"] = s, c
         data[n]["data"] = kspace[s, :, :, c].reshape(-1).numpy()
     data[0]["data"] = np.ones(2, np.float32)
+    if noise is not None:
+        data[0]["head"]["active_channels"], data[0]["head"]["number_of_samples"] = noise.shape[:2]
+        data[0]["data"] = noise.flatten().numpy()
     for n in range(len(data)):
         data[n]["traj"] = np.zeros(0, np.float32)
     with h5py.File(path, "w") as file:
@@ -138,6 +153,33 @@ def write_ismrmrd(path: Path, kspace: Tensor, columns: range | None = None, head
         text = header or fastmri_header((rows, width), (rows, width), (5.0, 1.0, 1.0))
         group.create_dataset("xml", data=[text.decode()], dtype=h5py.string_dtype())
     return path
+
+
+MIXING = torch.tensor([[1.0, 0, 0], [0.6 + 0.3j, 0.8, 0], [0.2j, 0.4, 2.0]], dtype=torch.complex64)
+
+
+def correlated_noise(num: int, seed: int) -> Tensor:
+    """Noise of three coils, `(coils, num, 2)`; its covariance a real component is `MIXING MIXING^H`."""
+    white = torch.randn(COILS, num, 2, generator=torch.Generator().manual_seed(seed))
+    return complex_to_pairs(MIXING @ pairs_to_complex(white))
+
+
+@pytest.mark.parametrize("dwell_us", [(5.0, 5.0), (10.0, 5.0), (0.0, 5.0)])
+def test_the_noise_scan_of_ismrmrd_gives_the_covariance_of_the_coils(
+    tmp_path: Path, kspace: Tensor, dwell_us: tuple[float, float]
+) -> None:
+    noise = correlated_noise(20_000, 1)
+    file = open_kspace(write_ismrmrd(tmp_path / "a.mrd", kspace, noise=noise, dwell_us=dwell_us))
+    times = dwell_us[0] / dwell_us[1] or 1  # a shorter dwell time is a larger bandwidth, and more noise
+    expected = complex_to_pairs(times * MIXING @ MIXING.mH)
+    assert file.noise_covariance is not None
+    torch.testing.assert_close(file.noise_covariance, expected, atol=0.1 * times, rtol=0)
+    assert torch.allclose(file.read(1)[0], kspace[1], atol=1e-6), "no part of k-space"
+
+
+def test_a_noise_scan_that_is_too_short_says_nothing(tmp_path: Path, kspace: Tensor) -> None:
+    path = write_ismrmrd(tmp_path / "a.mrd", kspace, noise=correlated_noise(COILS, 1))
+    assert open_kspace(path).noise_covariance is None
 
 
 def write_npy(path: Path, kspace: Tensor) -> Path:

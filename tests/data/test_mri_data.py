@@ -10,16 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from invrecon.data.cases import collate_cases
+from invrecon.data.cases import Case, collate_cases
 from invrecon.data.fastmri_files import write_fastmri
 from invrecon.data.kspace import MAGNITUDE, calibration_scale, image_kspace
 from invrecon.data.mri import MRIData, MRITraining, find_mri, fit, magnitude_of, open_magnitudes, random_phase
 from invrecon.data.phantoms import ellipse_phantom
 from invrecon.errors import InputError
 from invrecon.metrics.mri import magnitude
-from invrecon.operators.coils import ESPIRiT, LowResolutionMaps, simulated_maps
+from invrecon.operators.coils import ESPIRiT, LowResolutionMaps, noise_covariance, simulated_maps
+from invrecon.operators.fourier import pairs_to_complex
 from invrecon.operators.mri import CartesianMRI
-from invrecon.operators.sampling import EquispacedLines, PolynomialSampling, RandomLines, achieved_acceleration
+from invrecon.operators.sampling import EquispacedLines, PolynomialSampling, RandomLines, achieved_acceleration, radii
 from invrecon.rng import make_generator
 
 SIZE, COILS, UNIT = 48, 4, 1e-4  # fastMRI's values are as small
@@ -138,6 +139,62 @@ def test_measured_noise_is_estimated_unless_the_file_states_it(truth: tuple[Tens
         stated = cases(MRIData(str(path), sampling=SAMPLING, estimate_noise=estimate_too))[0]
         assert stated.noise_std.shape == (1,)
         assert float(stated.noise_std) * stated.scale[0] == pytest.approx(5e-3 * UNIT, rel=1e-5)
+
+
+def noisy_scan(path: Path, mixing: Tensor, maps: Tensor, level: float) -> Path:
+    """A file that states the covariance of its coils' noise, `level^2 mixing mixing^H` a real component."""
+    white = level * torch.randn(COILS, SIZE, SIZE, 2, generator=torch.Generator().manual_seed(5))
+    noise = torch.einsum("cd,dhw->chw", mixing, pairs_to_complex(white))
+    clean = pairs_to_complex(image_kspace(random_phase(head(), make_generator(0, "phase")), maps))
+    with h5py.File(path, "w") as file:
+        file["kspace"] = (clean + noise).numpy()[None]
+        file["noise_covariance"] = (level**2 * mixing @ mixing.mH).numpy()
+    return path
+
+
+def whole_case(data: MRIData) -> Case:
+    """Returns the first case of the first file."""
+    data.setup()
+    assert data._first is not None
+    return data._first
+
+
+def test_coils_whose_noise_is_known_are_whitened(truth: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    mixing = torch.eye(COILS, dtype=torch.complex64)
+    mixing[1, 0], mixing[2, 2], mixing[3, 1] = 0.9j, 3.0, 0.7
+    path = noisy_scan(tmp_path / "a.h5", mixing, truth[1], 0.2 * UNIT)
+    case, raw = (whole_case(MRIData(str(path), sampling=SAMPLING, prewhiten=on)) for on in (True, False))
+    std = float(case.noise_std) * case.scale
+    assert std == pytest.approx(0.2 * UNIT * float((mixing.abs() ** 2).sum() / COILS) ** 0.5, rel=1e-3)
+    far = (case.mask != 0) & (radii(SIZE, SIZE) > 0.95)
+    seen = noise_covariance(case.measurement[:, far] * case.scale / std)
+    other = noise_covariance(raw.measurement[:, far] * raw.scale / std)
+    identity = torch.view_as_real(torch.eye(COILS, dtype=torch.complex64))
+    assert float((seen - identity).abs().max()) < 0.45 < 1 < float((other - identity).abs().max())
+    assert raw.noise_std.numel() == COILS, "estimated coil by coil"
+    for found in (case, raw):  # judged in units of their own, the whitened one by the whitened whole
+        image = CartesianMRI(SIZE, maps=found.maps).adjoint(found.measurement[None])[0]
+        assert float((image - found.reference).norm() / found.reference.norm()) < 0.7
+
+
+@pytest.mark.parametrize(
+    ("covariance", "message"),
+    [
+        (np.eye(COILS + 1), r"shape \(5, 5\), expected a finite Hermitian matrix \(4, 4\)"),
+        (np.triu(np.ones((COILS, COILS))), "expected a finite Hermitian"),
+        (np.full((COILS, COILS), np.nan), "expected a finite Hermitian"),
+        (np.ones((COILS, COILS)), "not positive definite"),
+    ],
+)
+def test_a_covariance_that_is_none_is_named(
+    covariance: np.ndarray, message: str, truth: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    path = noisy_scan(tmp_path / "a.h5", torch.eye(COILS, dtype=torch.complex64), truth[1], 0.01 * UNIT)
+    with h5py.File(path, "r+") as file:
+        del file["noise_covariance"]
+        file["noise_covariance"] = covariance
+    with pytest.raises(InputError, match=message):
+        MRIData(str(path), sampling=SAMPLING).setup()
 
 
 def test_without_sampling_everything_is_measured(folder: Path) -> None:
