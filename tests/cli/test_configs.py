@@ -72,6 +72,7 @@ MRI = (
     "tv_mri",
     "wavelet_mri",
     "udig_dip_mri",
+    "tta_mri",
 )  # see test_mri.py
 
 

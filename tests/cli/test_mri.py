@@ -55,7 +55,8 @@ def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(command: str, config: str, scans: Path, output: Path, *more: object, paths: object = None) -> list[str]:
     file = f"--model.prior={scans / 'prior.safetensors'}"
-    prior = {"recon_mri": (file, *FAST), "udig_dip_mri": (file, "--data.slices=null")}.get(config, ())
+    own = {"udig_dip_mri": (file, "--data.slices=null")}
+    prior = {**own, **dict.fromkeys(("recon_mri", "tta_mri"), (file, *FAST))}.get(config, ())
     args = [command, "--config", f"{config}.yaml", "--data.paths", paths or scans / "brain.h5", "--output", output]
     args += [f"--model.operator.size={SIZE}", f"--data.size={SIZE}", *SAMPLED, *ESTIMATED, *prior, *QUIET, *more]
     return [str(arg) for arg in args]
@@ -90,6 +91,16 @@ def test_a_file_of_kspace_becomes_an_image_with_its_maps(result: Path, scans: Pa
     assert maps.shape == (2, COILS, SIZE, SIZE - 4) and maps.dtype == np.complex64
     strength = (np.abs(maps) ** 2).sum(1)
     assert np.allclose(strength[strength > 0.5], 1, atol=1e-4)
+
+
+def test_a_prior_adapts_to_a_scan(scans: Path, tmp_path: Path, invrecon: Callable[..., Any]) -> None:
+    few = [f"--model.adaptation.{knob}" for knob in ("rounds=2", "steps=2", "num_pixels=1024")]
+    few += ["--model.adaptation.expectation.num_levels=2"]
+    invrecon(arguments("predict", "tta_mri", scans, tmp_path / "out", *few))
+    assert {"brain.h5", "adaptation.json", "report.html", "metrics.csv"} <= files_in(tmp_path / "out")
+    first, second = rows_of(tmp_path / "out")
+    assert first["stopped_at"] == second["stopped_at"] == "round 2" and float(first["psnr"]) > 0
+    assert read(tmp_path / "out" / "brain.h5").shape == (2, SIZE, SIZE - 4)
 
 
 def test_the_maps_are_those_of_what_was_measured(scans: Path, result: Path) -> None:
