@@ -15,6 +15,7 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
 
 from invrecon.data.patches import PatchBatch
 from invrecon.errors import InputError
@@ -170,6 +171,26 @@ def test_a_loss_or_gradient_that_is_not_finite_ends_the_run_and_spares_the_check
     assert saved["global_step"] == 5
     assert all(torch.isfinite(value).all() for value in saved["state_dict"].values() if value.is_floating_point())
     assert not (tmp_path / "prior.safetensors").exists()
+
+
+def test_an_overflow_of_half_precision_costs_a_step_and_not_the_run(tmp_path: Path) -> None:
+    scaler, model = torch.amp.GradScaler("cpu", init_scale=8.0), make_model()
+    plugins = (MixedPrecision("16-mixed", "cpu", scaler),)
+    fit(tmp_path, model, make_data(), callbacks=(Poison(3, "gradient"),), plugins=plugins)
+    assert scaler.get_scale() == 4.0, "halved once"
+    assert checkpoint_of(tmp_path)["global_step"] > 3
+    assert all(torch.isfinite(value).all() for value in model.ema.state_dict().values())
+
+
+def test_half_precision_that_always_overflows_has_diverged(tmp_path: Path) -> None:
+    class Poisoned(Poison):
+        def on_after_backward(self, trainer: lightning.Trainer, module: Any) -> None:
+            self.step = trainer.global_step
+            super().on_after_backward(trainer, module)
+
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=8.0))
+    with pytest.raises(InputError, match="gradient is not finite at step"):
+        fit(tmp_path, make_model(), make_data(), callbacks=(Poisoned(0, "gradient"),), plugins=(plugin,))
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])

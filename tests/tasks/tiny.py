@@ -35,6 +35,7 @@ def fit(
     *,
     callbacks: tuple[lightning.Callback, ...] = (),
     resume: Path | None = None,
+    plugins: tuple[Any, ...] = (),
     every: dict[str, Any] | None = None,
     **settings: Any,
 ) -> lightning.Trainer:
@@ -47,7 +48,7 @@ def fit(
     quiet = {"devices": 1, "enable_progress_bar": False, "enable_model_summary": False, "logger": False}
     trainer = lightning.Trainer(
         accelerator="cpu", max_steps=max_steps, max_epochs=-1, gradient_clip_val=1.0, log_every_n_steps=1,
-        default_root_dir=folder, callbacks=[*callbacks, *standard], plugins=[AtomicCheckpointIO()],
+        default_root_dir=folder, callbacks=[*callbacks, *standard], plugins=[AtomicCheckpointIO(), *plugins],
         **{**quiet, **settings},
     )  # fmt: skip
     trainer.fit(model, data, ckpt_path=resume)
