@@ -89,7 +89,7 @@ class ExportPrior(lightning.Callback):
         card.training["command"] = self.command
         card.training["validation"] = self.figures
         path = self.output / "prior.safetensors"
-        save_prior(path, pl_module.ema.state_dict(), card)
+        save_prior(path, pl_module.ema.state_dict(), card, pl_module.half_weights)
         with atomic_write(path.with_suffix(".md")) as file:
             file.write(model_card(card, path.stem).encode())
         print(f"The prior is in {path}, its card in {path.with_suffix('.md')}.")

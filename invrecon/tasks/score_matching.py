@@ -52,6 +52,7 @@ class ScoreMatching(lightning.LightningModule):
         ema_decay: Decay of the moving average; it starts lower, `min(decay, (1 + t) / (10 + t))`.
         sigma_data: Standard deviation of the data, intensity units; measured on the training data by default.
         initial: A prior file, or the bare name of a shipped one, whose weights (and sigma_data) training starts from.
+        half_weights: Whether the exported prior file stores float16, half as large.
     """
 
     num_patches: Tensor
@@ -67,6 +68,7 @@ class ScoreMatching(lightning.LightningModule):
         ema_decay: float = 0.999,
         sigma_data: float | None = None,
         initial: str | None = None,
+        half_weights: bool = False,
     ) -> None:
         super().__init__()
         if sigma_data is not None and not sigma_data > 0:
@@ -79,7 +81,7 @@ class ScoreMatching(lightning.LightningModule):
         self.ema_decay, self.sigma_data = ema_decay, sigma_data
         self.register_buffer("num_patches", torch.zeros((), dtype=torch.int64))
         self.register_buffer("num_pixels", torch.zeros((), dtype=torch.int64))
-        self.seed = 0
+        self.seed, self.half_weights = 0, half_weights
         if initial is not None:
             self._start_from(find_shared(initial, "checkpoints", ".safetensors"), network)
 

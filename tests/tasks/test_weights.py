@@ -51,6 +51,22 @@ def prior_file(tmp_path: Path) -> Path:
     return tmp_path / "prior.safetensors"
 
 
+def test_half_a_file_holds_the_same_network(tmp_path: Path, prior_file: Path) -> None:
+    save_prior(tmp_path / "half.safetensors", state(), CARD, half=True)
+    assert (tmp_path / "half.safetensors").stat().st_size < 0.6 * prior_file.stat().st_size
+    (whole, _), (half, card) = load_prior(prior_file), load_prior(tmp_path / "half.safetensors")
+    assert card == CARD and half.denoiser.sigma_data == whole.denoiser.sigma_data
+    for key, value in half.denoiser.state_dict().items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, whole.denoiser.state_dict()[key], rtol=5e-4, atol=1e-7)
+    x = torch.rand(2, 1, 16, 16)
+    torch.testing.assert_close(half(x, 0.1), whole(x, 0.1), atol=5e-3, rtol=0)
+    with pytest.raises(InputError, match=r"network\.stem\.weight' are too large for float16"):
+        large = {**state(), "network.stem.weight": torch.full((8, 3, 3, 3), 1e5)}
+        save_prior(tmp_path / "large.safetensors", large, CARD, half=True)
+    assert not (tmp_path / "large.safetensors").exists()
+
+
 @pytest.fixture
 def hostile(tmp_path: Path) -> Callable[..., Path]:
     """Writes a prior file whose header says something else: fields by name, or the whole text."""
