@@ -214,8 +214,8 @@ class Bench:
     ) -> str:
         """Returns the fingerprint of all that decides a row but the machine and what it rounds to.
 
-        An image hardly depends on these. Times do: a row says where it was measured, and times of different machines
-        are never compared.
+        An image hardly depends on these. Times do: a row says where it was measured, and ratios of times are taken
+        within a machine alone.
         """
         settings = {
             "geometry": setting.physics or self.operator(setting).geometry,
@@ -281,7 +281,7 @@ def make_layout(layout: Mapping[str, Any] | None) -> Layout | None:
 
 def trace_columns(result: Result) -> list[Row]:
     """Returns how good each case's adaptation was at each step: PSNR of its estimates and loss on held-out views."""
-    if result.traces is None:
+    if result.traces is None or not any(step.image is not None for trace in result.traces for step in trace.steps):
         return [{} for _ in result.rows]
     assert result.reference is not None
     reference = result.reference.cpu()

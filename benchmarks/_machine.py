@@ -11,6 +11,7 @@ import torch
 
 from benchmarks._record import Row
 from invrecon.errors import InputError
+from invrecon.precision import has_bfloat16
 
 CPU = torch.device("cpu")
 
@@ -43,7 +44,7 @@ def machine(threads: int, device: torch.device = CPU) -> dict[str, Any]:
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
-    instructions = torch.backends.cpu.get_cpu_capability()
+    instructions = torch.backends.cpu.get_cpu_capability() + ", bfloat16" * has_bfloat16("cpu")
     return {"processor": processor, "instructions": instructions, "threads": threads, **versions}
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from benchmarks import _common
 from benchmarks._common import VALIDATION, Record, Row
+from benchmarks._machine import describe_machine
 from invrecon.data.cases import CaseBatch
 from invrecon.data.generation import GenerationData
 from invrecon.data.intensity import Intensity
@@ -31,7 +32,7 @@ from invrecon.methods import DDIM, KarrasSchedule, UnconditionalSampler
 from invrecon.metrics import body_mask, find_seams, paired_difference, seam_statistic, summarise
 from invrecon.metrics.summary import format_entry
 from invrecon.operators import Identity
-from invrecon.precision import PRECISIONS
+from invrecon.precision import PRECISIONS, resolve_precision
 from invrecon.priors.layouts import FixedGrid, Layout
 from invrecon.priors.patch import PatchPrior
 from invrecon.report.provenance import fingerprint
@@ -89,12 +90,15 @@ def judge(images: Tensor, patch_size: int, offset: int) -> list[Row]:
 
 
 @torch.no_grad()
-def draw(task: Reconstruction, batch: CaseBatch, patch_size: int, offset: int) -> tuple[Tensor, list[Row]]:
+def draw(
+    task: Reconstruction, batch: CaseBatch, patch_size: int, offset: int, machine: str
+) -> tuple[Tensor, list[Row]]:
     """Returns the samples of a batch and their rows; each sample is a case, and a patient, of its own."""
     result = task.reconstruct(batch)
     images = result.estimate.mean.cpu()
+    where = {"machine": machine, "precision": resolve_precision(task.precision, task.device)}
     rows = [
-        {"case": "sample", "slice": index, "patient": name, "seconds": own["seconds"], **row}
+        {"case": "sample", "slice": index, "patient": name, "seconds": own["seconds"], **where, **row}
         for index, name, own, row in zip(
             batch.index, batch.id, result.rows, judge(images, patch_size, offset), strict=True
         )
@@ -125,6 +129,7 @@ def sample(
         "grid": [patch_size, offset],
         "size": options.size,
         "batch_size": options.batch_size,
+        **({} if options.precision == "auto" else {"precision": options.precision}),
     }
     identity = fingerprint(settings, _common.weights_hash(contestant.prior), [])
     task: Reconstruction | None = None
@@ -134,7 +139,7 @@ def sample(
         found = [row for key in keys if (row := record.find(key, identity)) is not None]
         if len(found) < len(keys) or (options.figure and first is None):
             task = task or make_task(contestant, options.size, options.levels, options.precision).to(record.device)
-            images, found = draw(task, batch, patch_size, offset)
+            images, found = draw(task, batch, patch_size, offset, describe_machine(record.machine))
             first = images if first is None else first
             record.add(dict(zip(keys, found, strict=True)), identity)
             _common.progress(f"{label}, {', '.join(batch.id)}: {found[0]['seconds']:.1f} s a sample")

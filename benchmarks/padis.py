@@ -4,8 +4,8 @@
 
 Quality: `PaDISNormalised`, whose step does not depend on the geometry, 1000 evaluations, one slice at a time, paired
 with ours. Time: `PaDISRepo`, the released code's recipe, is timed over 20 evaluations and extrapolated to 1000, in
-float32 as published and in bf16, one slice at a time, in turn with ours in batches. Every part is kept in the JSON as
-soon as it is there, and a run that was stopped continues.
+float32 as published and, where the hardware has it, in bf16, one slice at a time, in turn with ours in batches. Every
+part is kept in the JSON as soon as it is there, and a run that was stopped continues.
 """
 
 from __future__ import annotations

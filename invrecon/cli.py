@@ -191,7 +191,7 @@ class InvreconCLI(LightningCLI):
             newest,
             LearningRateMonitor("step"),
             TrainingPreviews(),
-            SameRun(_flatten({key: self.settings()[key] for key in ("model", "data")}), asked is None),
+            SameRun(what_decides(self.settings()), asked is None),
             ExportPrior(str(self.output), shlex.join(self.command)),
         ]
 
@@ -252,12 +252,20 @@ class SameRun(lightning.Callback):
                 )
 
 
+def what_decides(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings that decide what is learned, by dotted keys: not how it is stored in the end."""
+    found = _flatten({key: settings[key] for key in ("model", "data")})
+    return {key: value for key, value in found.items() if not key.endswith(".half_weights")}
+
+
 def training_device(accelerator: Any) -> str:
     """Returns the kind of device that a Trainer's accelerator computes on."""
     name = str(accelerator)
     if name in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return "cuda"
-    return "cpu" if name in ("auto", "cpu") else "other"
+    if name == "cpu" or (name == "auto" and not torch.backends.mps.is_available()):
+        return "cpu"
+    return "other"
 
 
 def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:

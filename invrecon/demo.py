@@ -167,7 +167,7 @@ def run(output: Path, prior_name: str, slices: str) -> dict[str, Any]:
 
 
 def open_prior(name: str) -> tuple[Path, Prior, PriorCard]:
-    """Returns a prior's file, the prior, whose network runs in the fastest precision, and its card."""
+    """Returns a prior's file, the prior, whose network runs in bfloat16 where the hardware has it, and its card."""
     path = find_shared(name, "checkpoints", ".safetensors")
     prior, card = load_prior(path)
     prior.denoiser.precision = "auto"  # type: ignore[union-attr]

@@ -7,8 +7,8 @@
 A table is a class of this package; `TABLES` names it. What it finds is written beside it: `g.json` (all rows; the next
 run goes on with it), `g.md` (tables, and verdicts in words) and figures. A slice computed with the same settings,
 weights and data is not computed again, so that a run that was stopped goes on, here or on another machine, and a run of
-a few rows adds to what is there; times are compared within a machine alone. Tables that compare trainings train small
-networks first, once; they are kept in `outputs/claims/priors`. `--list` says what there is and what is left, and
+a few rows adds to what is there; ratios of times are taken within a machine alone. Tables that compare trainings train
+small networks first, once; they are kept in `outputs/claims/priors`. `--list` says what there is and what is left, and
 computes nothing.
 
 Processes may run at once, each with a record of its own (`--json`), other rows or settings and the same other options;

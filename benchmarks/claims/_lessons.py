@@ -78,7 +78,7 @@ class School:
         pixels_per_batch: Pixels a step, about.
         base_channels: Width of the networks.
         folder: Where they are kept, each in a folder named by its fingerprint.
-        machine: Facts that decide rounding.
+        machine: Where they are taught; another one rounds otherwise, which is one more training of the same lesson.
     """
 
     size: int
@@ -96,7 +96,7 @@ class School:
 
     def identity(self, lesson: Lesson) -> str:
         """Returns the fingerprint of all that decides a network."""
-        own = {key: value for key, value in asdict(self).items() if key != "folder"}
+        own = {key: value for key, value in asdict(self).items() if key not in ("folder", "machine")}
         settings = {**own, "lesson": asdict(lesson), "zooms": ZOOMS, "couches": COUCHES, "sizes": self.sizes(lesson)}
         return fingerprint(settings, None, training_hashes())
 

@@ -60,7 +60,8 @@ def _page(path: Path, folder: Path, titles: Mapping[str, str], found: Mapping[st
     )
     yield _common.markdown(["Table", *OUTCOMES], counts) + "\n"
     for letter, own in rows.items():
-        machine = _machine.describe_machines(found[letter]["parts"].values())
+        content = found[letter]
+        machine = _machine.describe_machines(content["parts"].values()) or _machine.describe_machine(content["machine"])
         yield f"## ({letter}) {titles[letter]}\n"
         yield f"[All rows, figures and what they are]({link[letter]}). Measured on {machine}.\n"
         measured = [row for row in own if row[2] != MISSING]

@@ -22,6 +22,7 @@ GROUP = "dataset"
 # Numbers (from 1) of the flags of readouts that are no part of k-space: noise, navigation, phase correction, dummies,
 # feedback, coil correction and phase stabilisation.
 NOISE = 19
+LEAST_SAMPLES = 10  # of noise, a coil
 NOT_IMAGING = (NOISE, 23, 24, 26, 27, 28, 29, 30, 31)
 SINGLE = ("kspace_encode_step_2", "contrast", "phase", "repetition", "set")
 
@@ -57,13 +58,14 @@ class ISMRMRDFile(KSpace):
         slices = self._heads["idx"]["slice"]
         num_coils = int(self._heads["active_channels"][0])
         self._finish((int(slices.max()) + 1, num_coils, *self._encoded))
-        self.noise_covariance = self._noise_covariance(heads, xml)
+        self._noise_heads, self._xml = heads, xml
         height, width = min(int(asked[0]), self._encoded[0]), min(int(asked[1]), self._encoded[1])
         self.shape, self.matrix = (*self.shape[:2], height, self._encoded[1]), (height, width)
         self.states_mask = len(np.unique(self._columns())) < self._encoded[1]
         self.voxel_mm = (field[2] / encoded[2], field[0] / encoded[0], field[1] / encoded[1])
 
-    def _noise_covariance(self, heads: np.ndarray, xml: bytes | str) -> Tensor | None:
+    @property
+    def noise_covariance(self) -> Tensor | None:  # type: ignore[override]
         """Returns the covariance of the coils' noise in k-space, from readouts of noise alone; None without them.
 
         Noise power is in proportion to the bandwidth: at a dwell time of `t` it is `t_noise / (t b)` times that of the
@@ -71,16 +73,28 @@ class ISMRMRDFile(KSpace):
 
         Source: Kellman & McVeigh, "Image reconstruction in SNR units", MRM 54 (2005), on noise calibration.
         """
+        heads = self._noise_heads
         is_noise = (heads["flags"] & np.uint64(1 << (NOISE - 1))) != 0
         chosen = np.nonzero(is_noise & (heads["active_channels"] == self.shape[1]))[0]
-        with open_hdf5(self.path) as file:
-            readouts = [np.asarray(file[GROUP]["data"][int(n)]["data"], dtype=np.float32) for n in chosen]
+        try:
+            with open_hdf5(self.path) as file:
+                readouts = [np.asarray(file[GROUP]["data"][int(n)]["data"], dtype=np.float32) for n in chosen]
+        except Exception as error:  # every decoder has exceptions of its own
+            raise InputError(
+                f"The noise readouts of {self.path} cannot be read ({brief(error)}): the file is damaged or truncated; "
+                "copy it again from its source, or set data.prewhiten to false."
+            ) from error
         whole = [values for values in readouts if values.size % (2 * self.shape[1]) == 0]
         samples = [values.reshape(self.shape[1], -1, 2) for values in whole]
-        if sum(values.shape[1] for values in samples) < 2 * self.shape[1]:
-            return None  # too few to say anything
+        if sum(values.shape[1] for values in samples) < LEAST_SAMPLES * self.shape[1]:
+            return None  # of so few, the estimate itself would colour the noise
+        if not all(np.isfinite(values).all() for values in samples):
+            raise InputError(
+                f"The noise readouts of {self.path} hold NaN or Inf, expected finite samples: leave them out, or set "
+                "data.prewhiten to false."
+            )
         lines = np.unique(np.stack((self._heads["idx"]["slice"], self._columns())), axis=1).shape[1]
-        scale = lines / (len(self._lines) * _bandwidth(xml))
+        scale = lines / (len(self._lines) * _bandwidth(self._xml))
         if "sample_time_us" in (heads.dtype.names or ()):
             noise_time, time = float(heads["sample_time_us"][chosen[0]]), float(self._heads["sample_time_us"][0])
             scale *= noise_time / time if noise_time > 0 and time > 0 else 1.0

@@ -55,7 +55,7 @@ class MRIData(ReconstructionData):
         dataset: HDF5 key of volumes and of complex arrays that are not called `kspace`.
         estimate_noise: Whether to estimate the noise of files that do not state it; they count as noise-free if not.
         prewhiten: Whether coils are mixed so that their noise is uncorrelated and alike, where the file states its
-            covariance (a dataset `noise_covariance`, or the noise readouts of ISMRMRD).
+            covariance (a dataset `noise_covariance`, or the noise readouts of ISMRMRD); if not, that is left unread.
     """
 
     def __init__(
@@ -106,9 +106,12 @@ class MRIData(ReconstructionData):
         full, mask = file.read(index)
         std, covariance = file.noise_std, file.noise_covariance if self.prewhiten else None
         if covariance is not None:
-            # In units of the coils' mean noise, so that images keep the file's own.
-            std = covariance[..., 0].diagonal().mean().sqrt()
-            full = std * prewhiten(full, covariance)
+            try:
+                white = prewhiten(full, covariance)
+            except InputError as error:
+                raise InputError(f"{str(error).rstrip('.')}; or set data.prewhiten to false.") from None
+            std = full.norm() / white.norm()  # so that k-space, and images, keep the file's units
+            full = std * white
         complete = not file.states_mask and is_block(mask)
         if complete:
             mask = mask & self._draw_mask(mask, name)

@@ -57,7 +57,8 @@ class CoilMaps(ABC):
         if min(acs) < min(self._min_acs(), *size):
             raise InputError(
                 f"{type(self).__name__} needs the central {self._min_acs()} x {self._min_acs()} samples of k-space "
-                f"(ACS), this mask has {acs[0]} x {acs[1]} of them: sample the centre, or give maps of another scan."
+                f"(ACS), this mask has {acs[0]} x {acs[1]} of them: sample the centre, or, where 4 x 4 are left, take "
+                "--data.maps=LowResolutionMaps."
             )
         rows, columns = _central(rows, self.max_acs), _central(columns, self.max_acs)
         if not z[:, rows, columns].any():

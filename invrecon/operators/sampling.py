@@ -225,13 +225,15 @@ class TwoPercentSampling(PolynomialSampling):
     At 320 x 320 these are 2048 samples, 256 of them the block. (In one dimension, 2 % would be 6 columns.)
 
     Args:
-        acceleration: 50 is 2 %.
+        fraction: Of k-space that is measured; not an acceleration, which configs have for other patterns.
         acs: Side of the central block.
         power: Larger is denser at the centre.
     """
 
-    def __init__(self, acceleration: float = 50.0, acs: int | tuple[int, int] = 16, power: float = 3.5) -> None:
-        super().__init__(acceleration, acs, power)
+    def __init__(self, fraction: float = 0.02, acs: int | tuple[int, int] = 16, power: float = 3.5) -> None:
+        if not 0 < fraction <= 1:
+            raise InputError(f"{type(self).__name__}: fraction is {fraction}, expected a share of k-space in (0, 1].")
+        super().__init__(1 / fraction, acs, power)
 
 
 class GaussianSampling(DensitySampling):

@@ -81,7 +81,7 @@ def save_prior(path: str | Path, state: dict[str, Tensor], card: PriorCard, half
         state: State dict of the `EDMDenoiser`.
         card: What the file says of itself.
         half: Whether to store weights as float16, half as large; they are float32 again when loaded. Each is off by
-            at most 5e-4 of itself, an eighth of what bfloat16 rounds it to when the network runs in that.
+            at most 5e-4 of itself, or 3e-8: an eighth of what bfloat16 rounds it to when the network runs in that.
 
     Raises:
         InputError: A weight is too large for float16.
@@ -92,9 +92,10 @@ def save_prior(path: str | Path, state: dict[str, Tensor], card: PriorCard, half
 
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     if half:
-        tensors = {key: value.half() if value.ndim else value for key, value in tensors.items()}
+        weights = {key for key, value in tensors.items() if value.ndim and value.is_floating_point()}
+        tensors = {key: value.half() if key in weights else value for key, value in tensors.items()}
         if large := [key for key, value in tensors.items() if not torch.isfinite(value).all()]:
-            raise InputError(f"The weights of '{large[0]}' are too large for float16: export without half precision.")
+            raise InputError(f"The weights of '{large[0]}' are too large for float16: set model.half_weights to false.")
     payload = save(tensors, metadata={"invrecon": json.dumps(asdict(card))})
     with atomic_write(Path(path)) as file:
         file.write(payload)

@@ -134,8 +134,8 @@ class AdaptationSheet(Sheet):
         from matplotlib.ticker import NullLocator
 
         steps, stopped = trace["steps"], trace["stopped_at"]
-        axes = self._plot(0, "loss along the adaptation", left=0.34, bottom=0.64)
-        curves = {"views adapted to": (DATA, "data_loss"), "views held out": (ACCENT, "held_out_loss")}
+        axes = self._plot(0, "loss along the way", left=0.34, bottom=0.64)
+        curves = {"measurement": (DATA, "data_loss"), "held out": (ACCENT, "held_out_loss")}
         drawn = False
         for name, (colour, key) in curves.items():
             points = [(i, step[key]) for i, step in enumerate(steps) if step[key] is not None and step[key] > 0]
@@ -176,7 +176,8 @@ class AdaptationSheet(Sheet):
         axes = self._plot(2, f"movement of the weights{counted}", left=1.75, bottom=0.06)
         axes.set_axis_off()
         if not top:
-            axes.text(0.2, 0.5, "no layer moved", transform=axes.transAxes, color=MUTED, fontsize=7, ha="center")
+            none = "no layer of a prior moved"
+            axes.text(0.2, 0.5, none, transform=axes.transAxes, color=MUTED, fontsize=7, ha="center")
             return
         finite = [value for _, value in top if math.isfinite(value)]
         longest = max(finite, default=1.0)

@@ -20,6 +20,7 @@ from invrecon.data.intensity import Intensity
 from invrecon.data.kspace import crop
 from invrecon.errors import InputError
 from invrecon.methods.base import Estimate, Method
+from invrecon.methods.dip import FittedEstimate, NetworkFit
 from invrecon.methods.sampling import UnconditionalSampler
 from invrecon.metrics.image import body_mask, masked_psnr, psnr, ssim
 from invrecon.metrics.mri import relative_magnitudes
@@ -35,6 +36,7 @@ from invrecon.priors.patch import PatchPrior
 from invrecon.priors.weights import PriorCard, file_hash, load_prior
 from invrecon.rng import Generators, make_generators
 from invrecon.shared import find_shared
+from invrecon.tasks.fits import fit_traces
 
 
 @dataclass
@@ -47,7 +49,8 @@ class Result:
         reference: On the reconstruction's grid, or None.
         baseline: The operator's direct inverse, for the figures.
         rows: One dictionary a slice.
-        traces: How the prior was adapted, one a slice (the same one for slices that share an adapter), or None.
+        traces: How the prior was adapted, or a network fitted, one a slice (the same one for slices that share an
+            adapter), or None.
     """
 
     batch: CaseBatch
@@ -193,8 +196,10 @@ class Reconstruction(lightning.LightningModule):
     def solve(
         self, y: Tensor | None, operator: LinearOperator, generators: Generators
     ) -> tuple[Estimate, list[Trace] | None]:
-        """Returns the estimate, and how the prior was adapted to these cases if it was."""
-        return self.method(y, operator, self.prior, generators=generators), None  # type: ignore[arg-type]
+        """Returns the estimate, and how a network was fitted, or the prior adapted, to these cases if it was."""
+        estimate = self.method(y, operator, self.prior, generators=generators)  # type: ignore[arg-type]
+        fitted = isinstance(estimate, FittedEstimate) and isinstance(self.method, NetworkFit)
+        return estimate, fit_traces(estimate, self.method) if fitted else None  # type: ignore[arg-type]
 
     def reconstruct(self, batch: CaseBatch) -> Result:
         """Measures (if need be), reconstructs and judges a batch."""
@@ -232,7 +237,7 @@ class Reconstruction(lightning.LightningModule):
         if isinstance(operator, MRI) and batch.mask is not None:
             columns["acceleration"] = [round(value, 4) for value in achieved_acceleration(batch.mask).tolist()]
             columns["scale"] = list(batch.scale)
-        for name in ("relative_residual", "num_evaluations", "num_operator_calls"):
+        for name in ("relative_residual", "num_evaluations", "num_operator_calls", "num_iterations", "kept_iteration"):
             value = estimate.stats.get(name)
             if value is not None:
                 columns[name] = value if isinstance(value, list) else [value] * len(batch)
@@ -337,14 +342,14 @@ def crop_estimate(estimate: Estimate, matrix: tuple[int, int]) -> Estimate:
 
 
 def trace_columns(trace: Trace) -> dict[str, Any]:
-    """Returns what `metrics.csv` says of an adaptation: the losses are the last ones of the weights that were used."""
+    """Returns what `metrics.csv` says of an adaptation or a fit: losses are the last ones of the weights in use."""
     used = trace.steps[: trace.stopped_at + 1]
     held_out = [loss for loss in (step.held_out_loss for step in used) if loss is not None and math.isfinite(loss)]
     columns = {
         "stopped_at": used[-1].name if used else "unadapted",
         "data_loss": used[-1].data_loss if used else None,
         "held_out_loss": held_out[-1] if held_out else None,
-        "num_trainable": trace.num_trainable,
+        "num_trainable": None if trace.steps and not trace.num_trainable else trace.num_trainable,  # of a prior
         "verdict": trace.verdict or None,
     }
     return {name: value for name, value in columns.items() if value is not None}

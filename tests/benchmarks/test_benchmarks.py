@@ -251,7 +251,8 @@ def test_rows_outlive_the_machine_and_their_times_do_not_mix(folder: Path) -> No
         _common.Bench(_common.Record(None, "x", {"processor": name, "threads": threads}), SIZE, precision)
         for name, threads, precision in (("A", 1, "32"), ("B", 8, "bf16"))
     ]
-    identities = {bench.identity(setting, reconstruction.FBP(), None, source) for bench in benches}
+    prior = str(folder / "patch.safetensors")
+    identities = {bench.identity(setting, reconstruction.ProximalDiffusion(), prior, source) for bench in benches}
     assert len(identities) == 1
     rows: list[Any] = [{"machine": "A", "precision": "bf16", "seconds": s} for s in (1.0, 2.0, 3.0)]
     rows += [{"machine": "B", "precision": "32", "seconds": 100.0}]

@@ -350,6 +350,7 @@ def test_lessons(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with h5py.File(folder / _lessons.TRAINING[0], "r+") as file:
         file.attrs["note"] = "another file"
     before = small.identity(_lessons.Lesson())
+    assert replace(small, machine={"threads": 8}).identity(_lessons.Lesson()) == before, "wherever it is taught"
     _lessons.training_hashes.cache_clear()
     _common.file_hash.cache_clear()
     assert small.identity(_lessons.Lesson()) != before, "of other data"

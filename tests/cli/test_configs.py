@@ -135,6 +135,27 @@ def test_the_precision_that_is_asked_for_wins(
     assert invrecon(["validate", *command[1:]]).trainer.precision == "bf16-mixed"
 
 
+@pytest.mark.parametrize(
+    ("accelerator", "cuda", "mps", "device"),
+    [
+        ("auto", False, False, "cpu"),
+        ("auto", True, False, "cuda"),
+        ("auto", False, True, "other"),
+        ("cpu", True, True, "cpu"),
+        ("gpu", True, False, "cuda"),
+        ("mps", False, True, "other"),
+    ],
+)
+def test_the_device_of_an_accelerator(
+    accelerator: str, cuda: bool, mps: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from invrecon.cli import training_device
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert training_device(accelerator) == device
+
+
 def test_an_interrupted_training_is_continued_by_the_same_command(
     invrecon: Callable[..., Any], library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,7 +200,7 @@ def test_reconstruction_configs(
     args = reconstruct(command, f"{config}.yaml", library / data, tmp_path / "out", "--model.num_figures=0", *more)
     invrecon(args)
     expected = {"config.yaml", "metrics.csv", "summary.json"}
-    if config in ADAPTATION:
+    if config in ADAPTATION or "dip" in config:
         expected.add("adaptation.json")
     volumes = {"photos.h5"} if data == "photos" else {"a.h5", "b.h5", "c.h5"}
     assert files_in(tmp_path / "out") == expected | ({*volumes, "report.html"} if command == "predict" else set())

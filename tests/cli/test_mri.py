@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from invrecon.data.fastmri_files import write_fastmri
@@ -22,6 +23,7 @@ from invrecon.data.mri import MRIData, random_phase
 from invrecon.data.phantoms import ellipse_phantom
 from invrecon.errors import InputError
 from invrecon.operators.coils import ESPIRiT, simulated_maps
+from invrecon.operators.sampling import TwoPercentSampling
 from invrecon.rng import make_generator
 from tests.cli.test_results import rows_of
 from tests.cli.tiny import NETWORK, QUIET, files_in, learn, make_prior, make_volume, read
@@ -114,6 +116,18 @@ def test_the_maps_are_those_of_what_was_measured(scans: Path, result: Path) -> N
     expected = torch.view_as_complex(ESPIRiT(4)(kspace * mask[..., None], mask))[..., 2:-2]
     stored = torch.from_numpy(read(result / "predict" / "brain.h5", "maps")[1])
     assert torch.allclose(stored, expected, atol=1e-3)
+
+
+def test_two_percent_of_kspace_are_two_percent(scans: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from invrecon.cli import main
+
+    args = ["predict", "--config", "recon_mri.yaml", "--data.sampling=TwoPercentSampling", "--print_config"]
+    with pytest.raises(SystemExit):
+        main(args)
+    sampling = yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]["sampling"]
+    assert sampling["init_args"] == {"fraction": 0.02, "acs": 16, "power": 3.5}, "nothing of the config's acceleration"
+    mask = TwoPercentSampling(**sampling["init_args"])((320, 320), make_generator(0))
+    assert float(mask.float().mean()) == pytest.approx(0.02, rel=1e-3)
 
 
 def test_what_no_coil_sees_is_zero() -> None:

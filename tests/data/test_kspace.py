@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def write_cfl(path: Path, kspace: Tensor, dims: list[int] | None = None) -> Path
 def write_ismrmrd(
     path: Path,
     kspace: Tensor,
-    columns: range | None = None,
+    columns: Sequence[int] | None = None,
     header: bytes | None = None,
     noise: Tensor | None = None,
     dwell_us: tuple[float, float] = (5.0, 5.0),
@@ -177,8 +177,32 @@ def test_the_noise_scan_of_ismrmrd_gives_the_covariance_of_the_coils(
     assert torch.allclose(file.read(1)[0], kspace[1], atol=1e-6), "no part of k-space"
 
 
+def test_averages_and_the_receiver_s_bandwidth_decide_the_noise(tmp_path: Path, kspace: Tensor) -> None:
+    header = fastmri_header((H, W), (H, W), (5.0, 1.0, 1.0))
+    system = b"<acquisitionSystemInformation><relativeReceiverNoiseBandwidth>0.8</relativeReceiverNoiseBandwidth>"
+    header = header.replace(b"<encoding>", system + b"</acquisitionSystemInformation><encoding>", 1)
+    noise = correlated_noise(20_000, 1)
+    twice = [column for column in range(W) for _ in range(2)]
+    once, averaged = (
+        open_kspace(write_ismrmrd(tmp_path / name, kspace, columns, header, noise)).noise_covariance
+        for name, columns in (("a.mrd", range(W)), ("b.mrd", twice))
+    )
+    assert once is not None and averaged is not None
+    torch.testing.assert_close(once, complex_to_pairs(MIXING @ MIXING.mH / 0.8), atol=0.15, rtol=0)
+    torch.testing.assert_close(averaged, once / 2)
+
+
+def test_a_damaged_noise_scan_is_named_when_it_is_asked_for(tmp_path: Path, kspace: Tensor) -> None:
+    noise = correlated_noise(100, 1)
+    noise[0, 3] = float("nan")
+    file = open_kspace(write_ismrmrd(tmp_path / "a.mrd", kspace, noise=noise))
+    assert torch.allclose(file.read(0)[0], kspace[0], atol=1e-6)
+    with pytest.raises(InputError, match=r"a\.mrd hold NaN or Inf.*data\.prewhiten to false"):
+        _ = file.noise_covariance
+
+
 def test_a_noise_scan_that_is_too_short_says_nothing(tmp_path: Path, kspace: Tensor) -> None:
-    path = write_ismrmrd(tmp_path / "a.mrd", kspace, noise=correlated_noise(COILS, 1))
+    path = write_ismrmrd(tmp_path / "a.mrd", kspace, noise=correlated_noise(9 * COILS, 1))
     assert open_kspace(path).noise_covariance is None
 
 

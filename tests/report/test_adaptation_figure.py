@@ -65,7 +65,7 @@ def test_it_says_where_it_stopped_and_what_moved(monkeypatch, tmp_path):
     words = texts_of(monkeypatch, tmp_path, make_trace(verdict="the prior does not suit"))
     for expected in (
         *("The result is that of “round 2” (the held-out loss rose).", "The prior does not suit.", "round 3", "10 %"),
-        *("20 OF 30 LAYERS", "encoder.0.blocks…", "views held out", "Ours", "lung, slice 3: $adaptation", "ESTIMATES"),
+        *("20 OF 30 LAYERS", "encoder.0.blocks…", "held out", "Ours", "lung, slice 3: $adaptation", "ESTIMATES"),
     ):
         assert expected in words
     assert "encoder.25" not in words

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from invrecon.errors import InputError
 from invrecon.methods.counting import CountingPrior
 from invrecon.methods.dip.fit import NetworkFit, NetworkInput
-from invrecon.methods.dip.measurement import CaseData, check_image
+from invrecon.methods.dip.measurement import CaseData, check_image, fit_scale
 from invrecon.methods.dip.network import FittedNetwork
 from invrecon.methods.dip.stopping import StoppingRule
-from invrecon.methods.start import Start
+from invrecon.methods.start import EstimateStart, Start
 
 
 class FixedInput(NetworkInput):
@@ -207,10 +207,12 @@ class _LearnedInput(FixedInput):
 def first_image(start: Start | None, data: CaseData, generator: torch.Generator, what: str) -> Tensor:
     """Returns the image with which a fit begins, made of the rows that it sees; by default their direct inverse.
 
+    An estimate is taken at the scale that fits them best (`fit_scale`), a given image as it is.
+
     Raises:
         InputError: It is no image of the operator.
     """
     if start is None:
         return data.baseline
-    x = start(data.fitted_y, data.fitted_operator, 0.0, [generator])
-    return check_image(x.to(data.y), data.operator, what)
+    x = check_image(start(data.fitted_y, data.fitted_operator, 0.0, [generator]).to(data.y), data.operator, what)
+    return fit_scale(x, data.fitted_operator, data.fitted_y) if isinstance(start, EstimateStart) else x
