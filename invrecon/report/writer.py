@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import lightning
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from invrecon.data.intensity import Intensity
 from invrecon.data.kspace import MAGNITUDE
-from invrecon.files import atomic_write, write_csv
+from invrecon.files import atomic_write, write_csv, write_json
 from invrecon.metrics.summary import ADAPTATION_METRICS, METRICS, format_table
 from invrecon.report.adaptation import adaptation_figure, describe_trace, encode_trace, step_images
 from invrecon.report.complex import as_magnitudes, case_intensity, is_complex, stored_maps, view, volume_rows
@@ -145,9 +146,10 @@ class ResultWriter(lightning.Callback):
         if trainer.is_global_zero:
             summary = write_metrics(self.output, self.store.rows())
             write_traces(self.output, self.store.traces())
-            self._write_volumes(trainer)
+            volumes = self._write_volumes(trainer, summary)
             self.store.clear()
             print(_table(pl_module.label, summary))
+            print(volumes, end="")
             print(f"Written to {self.output}: metrics.csv, summary.json.")
 
     def on_predict_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
@@ -164,18 +166,28 @@ class ResultWriter(lightning.Callback):
         traces = self.store.traces()
         write_traces(self.output, traces)
         adapted = self._draw_adaptations(parts, traces, pl_module, trainer.datamodule.intensity)  # type: ignore[attr-defined]
-        self._write_volumes(trainer)
+        judged = self._write_volumes(trainer, summary)
         volumes = self.store.assemble()
-        self._write_page(parts, rows, summary, pl_module, trainer, adapted)
+        self._write_page(parts, rows, summary, pl_module, trainer, adapted, judged)
         if any("psnr" in row for row in rows):
             print(_table(pl_module.label, summary))
+        print(judged, end="")
         names = ", ".join(path.name for path in volumes) or "no new volume"
         print(f"Written to {self.output}: {names}; report.html, metrics.csv, summary.json and figures.")
 
-    def _write_volumes(self, trainer: Any) -> None:
-        """Writes `volumes.csv`, the metrics of whole volumes, for complex images with references."""
-        if trainer.datamodule.intensity.units == MAGNITUDE.units and (rows := volume_rows(self.store)):
-            write_csv(self.output / "volumes.csv", rows)
+    def _write_volumes(self, trainer: Any, summary: dict[str, Any]) -> str:
+        """Writes `volumes.csv`, and into `summary.json` their means, for complex images with references.
+
+        Returns:
+            A line of it; empty where there is nothing to say.
+        """
+        if trainer.datamodule.intensity.units != MAGNITUDE.units or not (rows := volume_rows(self.store)):
+            return ""
+        write_csv(self.output / "volumes.csv", rows)
+        means = {name: fmean(row[name] for row in rows) for name in ("nmse", "psnr", "ssim")}
+        write_json(self.output / "summary.json", {**summary, "volumes": {**means, "num_volumes": len(rows)}})
+        what = f"{len(rows)} whole volume{'s' * (len(rows) != 1)}, as fastMRI judges them"
+        return f"{what}: NMSE {means['nmse']:.4f}, PSNR {means['psnr']:.2f} dB, SSIM {means['ssim']:.4f}\n"
 
     def _figure(self, part: Part, what: str = "") -> Path:
         return self.output / "figures" / f"{part.case}_{part.index:04d}{what}.png"
@@ -224,6 +236,7 @@ class ResultWriter(lightning.Callback):
         pl_module: Any,
         trainer: Any,
         adapted: Mapping[Path, str],
+        volumes: str,
     ) -> None:
         from invrecon.report.figures import choose_windows, image_png
         from invrecon.report.html import Comparison, Figure, write_report
@@ -243,6 +256,7 @@ class ResultWriter(lightning.Callback):
             "data": sorted({str(row["case"]) for row in rows}),
             "measurement": sorted({str(row["measurement"]) for row in rows}),
             **pl_module.describe(),
+            **({"volumes": volumes.strip()} if volumes else {}),
             "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}",
             "weights (SHA-256)": pl_module.weights_sha256,
             "versions": self.store.provenance["versions"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict
@@ -167,6 +168,13 @@ def test_volumes_are_judged_as_fastmri_judges_them(result: Path, scans: Path) ->
     assert float(row["psnr"]) == pytest.approx(float(fastmri.evaluate.psnr(target, mean)), abs=1e-3)
     assert float(row["ssim"]) == pytest.approx(float(fastmri.evaluate.ssim(target, mean)[0]), abs=1e-4)
     assert files_in(result / "test") == {"metrics.csv", "volumes.csv", "summary.json", "config.yaml"}
+    for name in ("predict", "test"):
+        summary = json.loads((result / name / "summary.json").read_text())
+        assert summary["volumes"].pop("num_volumes") == 1 and summary["psnr"]["mean"] > 0
+        assert set(summary["volumes"]) == {"nmse", "psnr", "ssim"}
+    assert summary["volumes"]["nmse"] > 0
+    page = (result / "predict" / "report.html").read_text()
+    assert f"NMSE {float(row['nmse']):.4f}, PSNR {float(row['psnr']):.2f} dB" in page
 
 
 def test_the_page_speaks_of_magnitudes(result: Path) -> None:
