@@ -26,7 +26,7 @@ from invrecon.metrics.image import body_mask, masked_psnr, psnr, ssim
 from invrecon.metrics.mri import relative_magnitudes
 from invrecon.operators.base import LinearOperator
 from invrecon.operators.ct import CT, ct_from_geometry
-from invrecon.operators.mri import MRI
+from invrecon.operators.mri import MRI, CartesianMRI
 from invrecon.operators.noise import NoiseModel, NoNoise
 from invrecon.operators.sampling import achieved_acceleration
 from invrecon.precision import check_precision, resolve_precision
@@ -235,7 +235,8 @@ class Reconstruction(lightning.LightningModule):
             if self._intensity().units == "HU":  # a photograph has no patient in it
                 columns["psnr_body"] = masked_psnr(estimate.mean, reference, body_mask(reference)).tolist()
         if isinstance(operator, MRI) and batch.mask is not None:
-            columns["acceleration"] = [round(value, 4) for value in achieved_acceleration(batch.mask).tolist()]
+            if isinstance(operator, CartesianMRI):  # along a trajectory the mask is of no account
+                columns["acceleration"] = [round(value, 4) for value in achieved_acceleration(batch.mask).tolist()]
             columns["scale"] = list(batch.scale)
         for name in ("relative_residual", "num_evaluations", "num_operator_calls", "num_iterations", "kept_iteration"):
             value = estimate.stats.get(name)

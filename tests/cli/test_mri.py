@@ -131,6 +131,19 @@ def test_two_percent_of_kspace_are_two_percent(scans: Path, capsys: pytest.Captu
     assert float(mask.float().mean()) == pytest.approx(0.02, rel=1e-3)
 
 
+@pytest.mark.parametrize("operator", ["RadialMRI", "SpiralMRI"])
+def test_a_trajectory_takes_the_place_of_the_grid(
+    operator: str, scans: Path, tmp_path: Path, invrecon: Callable[..., Any]
+) -> None:
+    volume = scans / "magnitudes" / "a.h5"
+    args = arguments("test", "recon_mri", scans, tmp_path / "out", "--data.slices=0:2", paths=volume)
+    cli = invrecon([*args, f"--model.operator={operator}", f"--model.operator.size={SIZE}"])
+    row = rows_of(tmp_path / "out")[0]
+    assert "acceleration" not in row, "of a mask that measured nothing here"
+    assert type(cli.model.operator).__name__ == operator and row["measurement"].startswith(operator)
+    assert float(row["psnr"]) > 0
+
+
 def test_what_no_coil_sees_is_zero() -> None:
     from invrecon.methods.base import Estimate
     from invrecon.operators.mri import CartesianMRI
