@@ -27,6 +27,9 @@ class CGSENSE(Method):
     depend on the operator's scale. Few iterations regularise as well; with `lam = 0` and all iterations it is the
     pseudo-inverse.
 
+    No evaluations; two operator calls an iteration, and one to begin. Asks of the operator its adjoint, of the prior
+    nothing.
+
     Source: Pruessmann, Weiger, Boernert & Boesiger, "Advances in sensitivity encoding with arbitrary k-space
     trajectories", MRM 46 (2001), without its intensity correction, as maps here are normalised.
 

@@ -30,7 +30,15 @@ if TYPE_CHECKING:
 
 
 class FBP(Method):
-    """The operator's direct inverse, `operator.baseline(y)`: filtered back-projection for CT.
+    """The operator's direct inverse `B`, `operator.baseline(y)`: filtered back-projection for CT.
+
+        x = clip(B y)
+
+    No evaluations; operator calls only where the operator makes its direct inverse of them. Asks of the operator
+    `baseline`, which is the pseudo-inverse by conjugate gradients if it has none of its own, of the prior nothing.
+
+    Source: Kak & Slaney, "Principles of Computerized Tomographic Imaging", IEEE Press 1988, ch. 3, for CT; for other
+    fields see the `baseline` of their operators.
 
     Args:
         clip: Range to which the image is clipped, or None to leave it. Clipping is worth some dB where the range is
@@ -113,6 +121,8 @@ class TotalVariation(Method):
     The solver is the over-relaxed primal-dual hybrid gradient with `K = [A / ||A||; grad]` in D dimensions, `||K||^2 <=
     1 + 4 D`. Its speed hinges on the ratio of the steps: dual steps in proportion to `w`, the size of the dual
     variable, take tens of times fewer iterations than unit steps.
+
+    No evaluations; two operator calls an iteration. Asks of the operator its adjoint, of the prior nothing.
 
     Source: Chambolle & Pock, "A first-order primal-dual algorithm for convex problems with applications to imaging", J.
     Math. Imaging Vis. 40 (2011), Alg. 1; relaxation from Condat, "A primal-dual splitting method", J. Optim. Theory
@@ -236,6 +246,9 @@ class ADMMTV(TotalVariation):
     sample stops by the same certified gap as `TotalVariation`'s, which takes fewer operator calls; `z_3`, which keeps
     to the range, is returned.
 
+    No evaluations; `4 + 2 k` operator calls an iteration for `k` CG iterations, and two every tenth for the gap. Asks
+    of the operator its adjoint, of the prior nothing.
+
     Source: Boyd et al., "Distributed optimization and statistical learning via the alternating direction method of
     multipliers", Found. Trends Mach. Learn. 3 (2011), Eq. 3.5 to 3.7 and 3.19 (over-relaxation); Goldstein & Osher,
     "The split Bregman method for L1-regularized problems", SIAM J. Imaging Sci. 2 (2009), for the shrinkage.
@@ -310,6 +323,9 @@ class SIRT(Method):
     are smooth: the number of them regularises. Rays that miss the image count nothing. Where the noise differs between
     rays, rows are weighted first; where its level is known, a sample stops at the discrepancy principle, as soon as
     `||y - A x|| <= discrepancy sqrt(m) sigma_y`.
+
+    No evaluations; two operator calls an iteration, and three to begin. Asks of the operator its adjoint and that no
+    entry be negative, of the prior nothing.
 
     Source: Gilbert, "Iterative methods for the three-dimensional reconstruction of an object from projections", J.
     Theor. Biol. 36 (1972); Gregor & Benson, "Computational analysis and improvement of SIRT", IEEE Trans. Med. Imaging

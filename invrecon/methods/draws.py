@@ -112,7 +112,7 @@ class LangevinDataSampler(DataSampler):
         z <- z - h (gamma A^T (A z - y) + z - x0) + r sqrt(2 h) n,   h = step / (1 + gamma ||A||^2)
 
     in units of `r^2`: `step` is a share of the largest stable step's half. Directions that neither data nor `x0` hold
-    tightly need about `(1 + gamma ||A||^2) / step` steps. Two operator calls a step.
+    tightly need about `(1 + gamma ||A||^2) / step` steps. Two operator calls a step, and one to begin.
 
     Args:
         num_steps: Langevin steps.

@@ -152,9 +152,9 @@ class DAPS(Sampler):
 
         x_hat = flow(x, sigma -> 0),    x0 ~ p(x0 | x_hat, y) by Langevin steps,    x' = x0 + sigma' n
 
-    `num_levels * num_ode` evaluations (1000), `2 num_steps` operator calls a level. Asks of the operator its adjoint,
-    of the prior nothing but `D`. It claims posterior samples; their spread is too large in the null space, and where
-    Langevin steps are too few to reach it.
+    `num_levels * num_ode` evaluations (1000), `1 + 2 num_steps` operator calls a level. Asks of the operator its
+    adjoint, of the prior nothing but `D`. It claims posterior samples; their spread is too large in the null space, and
+    where Langevin steps are too few to reach it.
 
     Source: Zhang et al., CVPR 2025, Alg. 1, published with 200 levels of Karras, 5 Euler steps, 100 Langevin steps;
     their levels 100 to 0.1 are for images in [-1, 1] and end above ours, because what they return still holds the
@@ -205,7 +205,10 @@ class DAPS(Sampler):
 class DAPSExact(Sampler):
     """`DAPS` with an exact draw in place of the Langevin steps: `ExactDataSampler`.
 
-    `num_levels * num_ode` evaluations (1000), `2 + 2 k` operator calls a level for `k` CG iterations.
+        x_hat = flow(x, sigma -> 0),    x0 ~ p(x0 | x_hat, y) by perturb and solve,    x' = x0 + sigma' n
+
+    `num_levels * num_ode` evaluations (1000), `2 + 2 k` operator calls a level for `k` CG iterations. Asks of the
+    operator its adjoint, of the prior nothing but `D`.
 
     Source: Zhang et al., CVPR 2025, Alg. 1; perturb-and-solve from Papandreou & Yuille, NeurIPS 2010.
 

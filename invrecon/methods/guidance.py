@@ -140,7 +140,8 @@ class DPSNormalised(Sampler):
 
         x' = DDPM(x, D(x, sigma)) - (zeta / ||A||^2) grad_x ||A D(x, sigma) - y||^2 / 2
 
-    Cost and demands are those of `DPS`. It fits the data to the end, noise and all: made for exact data.
+    1000 evaluations, each with a gradient through the network, two operator calls each. Asks of the operator its
+    adjoint, of the prior a vector-Jacobian product. It fits the data to the end, noise and all: made for exact data.
 
     Source: Chung et al., ICLR 2023, Alg. 1, with the squared norm and the step in units of `1 / ||A||^2`.
 

@@ -259,8 +259,11 @@ class PredictorCorrector(Sampler):
 class PaDISPredictorCorrector(PredictorCorrector):
     """Predictor-corrector sampling by the rule of PaDIS's released code: `PaDISCorrection`, all else being equal.
 
-    It shows what a corrector step linear in the ratio does. Their code besides divides the corrector's score by the
-    square of the wrong level and shares the predictor's layout; these are left out.
+    It shows what a corrector step linear in the ratio does, `e = 2 r ||z|| / ||s||`. Their code besides divides the
+    corrector's score by the square of the wrong level and shares the predictor's layout; these are left out.
+
+    `2 K - 1` evaluations for `K` levels (199), two operator calls each; no gradient through the network. Asks of the
+    operator its adjoint, of the prior nothing but `D`.
 
     Source: the predictor-corrector baseline of Hu et al., PaDIS, NeurIPS 2024, published with `r = 0.16`.
     """

@@ -28,6 +28,15 @@ from invrecon.methods.transitions import Langevin
 class PaDIS(Sampler):
     """DPS with Langevin dynamics; the presets below choose the schedule, the data step and the start.
 
+        x <- x - zeta grad_x L(A D(x, sigma) - y) + (epsilon / 2) (D(x, sigma) - x) + sqrt(epsilon) sigma z
+
+    with the misfit `L` of the guidance and both steps from one evaluation; no noise at the last level.
+
+    `num_levels * num_inner` evaluations, each with a gradient through the network, two operator calls each. Asks of the
+    operator its adjoint, of the prior a vector-Jacobian product.
+
+    Source: Hu et al., PaDIS, NeurIPS 2024, Alg. 1.
+
     Args:
         schedule: Noise levels, with their inner updates.
         guidance: The data step, of strength `2 zeta / epsilon`.
@@ -55,6 +64,13 @@ class PaDIS(Sampler):
 
 class PaDISPaper(PaDIS):
     """As the paper writes it: data step `(zeta / ||r||) grad_x ||r||^2`, geometric levels, noise start.
+
+        x <- x - (zeta / ||r||) grad_x ||r||^2 + (epsilon / 2) (D - x) + sqrt(epsilon) sigma z,   r = A D(x, sigma) - y
+
+    1000 evaluations (100 levels, 10 updates each), each with a gradient through the network, two operator calls each.
+    Asks of the operator its adjoint, of the prior a vector-Jacobian product.
+
+    Source: Hu et al., PaDIS, NeurIPS 2024, Alg. 1.
 
     Args:
         num_levels: Noise levels.
@@ -94,6 +110,13 @@ class PaDISPaper(PaDIS):
 class PaDISRepo(PaDIS):
     """As the released code runs: data step `zeta grad_x ||r||` (half the paper's), Karras levels, FBP start.
 
+        x <- x - zeta grad_x ||r|| + (epsilon / 2) (D - x) + sqrt(epsilon) sigma z,   r = A D(x, sigma) - y
+
+    1000 evaluations (100 levels, 10 updates each), each with a gradient through the network, two operator calls each.
+    Asks of the operator its adjoint and a direct inverse for the start, of the prior a vector-Jacobian product.
+
+    Source: the code released with Hu et al., PaDIS, NeurIPS 2024, where it differs from Alg. 1.
+
     Args:
         num_levels: Noise levels.
         num_inner: Updates a level.
@@ -131,6 +154,15 @@ class PaDISRepo(PaDIS):
 
 class PaDISNormalised(PaDIS):
     """With the data step `(zeta / ||A||^2) grad_x ||r||^2 / 2`: no constant depends on the geometry.
+
+        x <- x - (zeta / ||A||^2) grad_x ||r||^2 / 2 + (epsilon / 2) (D - x) + sqrt(epsilon) sigma z
+        r = A D(x, sigma) - y
+
+    1000 evaluations (100 levels, 10 updates each), each with a gradient through the network, two operator calls each.
+    Asks of the operator its adjoint, of the prior a vector-Jacobian product.
+
+    Source: Hu et al., PaDIS, NeurIPS 2024, Alg. 1; the operator-normalised step with `epsilon = 0.5` is an independent
+    reproduction's.
 
     Args:
         num_levels: Noise levels.

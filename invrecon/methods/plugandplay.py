@@ -42,8 +42,8 @@ class PlugAndPlay(Method):
     is left. Where the noise differs between rays, rows are weighted first. A sample stops when an iteration moves it
     by less than `tol` of its norm; a prior that draws (a patch prior's shifts) keeps moving and uses all iterations.
 
-    One evaluation an iteration. Asks of the operator its proximal map (CG in general), of the prior nothing but `D`,
-    and takes no gradient through the network. An estimator: one image, no samples.
+    One evaluation an iteration. Asks of the operator its proximal map (CG in general) and a direct inverse for the
+    start, of the prior nothing but `D`, and takes no gradient through the network. An estimator: one image, no samples.
 
     Args:
         sigma: Level of the denoiser, in intensity units.
@@ -157,6 +157,10 @@ class PnPADMM(PlugAndPlay):
     `||A x - y||^2 / (2 sigma_y^2) + phi(x)`. For a Gaussian prior that is the posterior's mean, whatever `sigma`, which
     then only sets the pace.
 
+    One evaluation an iteration (at most 100), `2 + 2 k` operator calls for `k` CG iterations; no gradient through the
+    network. Asks of the operator its proximal map (CG in general) and a direct inverse for the start, of the prior
+    nothing but `D`.
+
     Source: Venkatakrishnan, Bouman & Wohlberg, "Plug-and-play priors for model based reconstruction", GlobalSIP 2013;
     see `PlugAndPlay` for what is common to all.
     """
@@ -176,6 +180,10 @@ class RED(PlugAndPlay):
     The second term is minus the score at the level `sigma` (Tweedie), so the fixed point is the most probable image if
     the prior's images are blurred by noise of that level: for a Gaussian prior of covariance `C` the posterior's mean
     under `C + sigma^2 I`. A high level blurs, a low one takes many iterations.
+
+    One evaluation an iteration (at most 100), `2 + 2 k` operator calls for `k` CG iterations; no gradient through the
+    network. Asks of the operator its proximal map (CG in general) and a direct inverse for the start, of the prior
+    nothing but `D`.
 
     Source: Romano, Elad & Milanfar, "The little engine that could: regularization by denoising (RED)", SIAM J. Imaging
     Sci. 10 (2017), the fixed-point strategy; Reehorst & Schniter, "Regularization by denoising: clarifications and

@@ -124,7 +124,7 @@ class DirectInverseConditioning(PinvConditioning):
 
     `B` is no exact right inverse, `A B != I`: without the clips the correction may grow from level to level.
 
-    Source: the VE-DDNM of Hu et al., PaDIS, NeurIPS 2024, App. A.3; the clips are what independent reproductions of it
+    Source: the VE-DDNM of Hu et al., PaDIS, NeurIPS 2024, Alg. A.3; the clips are what independent reproductions of it
     needed to stay finite.
 
     Args:
@@ -303,7 +303,7 @@ class VEDDNM(Sampler):
     1000 evaluations, one a level, `2 + 2 k` operator calls each for `k` CG iterations. Asks of the operator its
     adjoint, of the prior nothing but `D`. An estimator: half the noise means less than half the spread.
 
-    Source: Hu et al., PaDIS, NeurIPS 2024, App. A.3 (there with filtered back-projection, see `DDNMFBP`); a tenth of
+    Source: Hu et al., PaDIS, NeurIPS 2024, Alg. A.3 (there with filtered back-projection, see `DDNMFBP`); a tenth of
     its step and half its noise are an independent reproduction's choice.
 
     Args:
@@ -348,8 +348,12 @@ class VEDDNM(Sampler):
 class DDNMFBP(VEDDNM):
     """VE-DDNM with filtered back-projection for the pseudo-inverse: `VEDDNM` with `DirectInverseConditioning`.
 
-    1000 evaluations, two operator calls and a back-projection each. Where the operator has no direct inverse of its
-    own, its baseline (conjugate gradients) serves.
+        x0 = clip(D + lambda (clip(B y) - clip(B A D)))
+        x <- x + (epsilon / 2) (x0 - x) + noise sqrt(epsilon) sigma z
+
+    1000 evaluations, one operator call and a filtered back-projection each; no gradient through the network. Asks of
+    the operator a direct inverse, of the prior nothing but `D`. Where the operator has no direct inverse of its own,
+    its baseline (conjugate gradients) serves.
 
     Source: see `DirectInverseConditioning` and `VEDDNM`.
 

@@ -100,8 +100,15 @@ def repeat_cases(operator: LinearOperator, num_cases: int, num: int) -> LinearOp
 class Sampler(Method):
     """Draws images from (an approximation of) the posterior by reverse diffusion.
 
+        x0 = conditional(x, sigma),    x' = transition(x, x0, sigma, sigma')
+
     The state has the image's own size: an image's surroundings, where a patch prior needs them, are the
     prior's business (it pads with noise of the current level, the distribution in which it was trained).
+
+    `len(schedule)` evaluations, times those of the conditioning. Asks of the operator and of the prior what
+    conditioning, transition and start ask.
+
+    Source: see its parts.
 
     Args:
         schedule: The noise levels.
@@ -213,6 +220,9 @@ class ProximalDiffusion(Sampler):
     and 50 levels: its spread is close to the posterior's (see the tests for measured variance ratios), and one sample
     is several dB worse.
 
+    One evaluation a level (32), `2 + 2 k` operator calls for `k` CG iterations. Asks of the operator its adjoint and a
+    direct inverse for the start, of the prior nothing but `D`.
+
     Source: Chung, Lee & Ye, DDS, ICLR 2024 (data step); Zhu et al., DiffPIR, CVPR Workshops 2023 (weight by noise
     level, share of noise); Polyak 1964 (momentum); Chung, Sim & Ye, CVPR 2022 (start); Karras et al., NeurIPS 2022
     (levels).
@@ -262,7 +272,14 @@ class ProximalDiffusion(Sampler):
 class UnconditionalSampler(Method):
     """Samples of the prior alone: what the network knows before any measurement.
 
+        x <- x + (epsilon / 2) (D(x, sigma) - x) + sqrt(epsilon) sigma z    from pure noise, with the default transition
+
     The measurement is ignored and may be None; as many images are drawn as there are generators.
+
+    One evaluation an update (300), no operator calls; no gradient through the network. Asks of the operator nothing but
+    the shape of its images, of the prior nothing but `D`.
+
+    Source: Song & Ermon, NeurIPS 2019, Alg. 1, with the step rule of Hu et al., PaDIS, NeurIPS 2024 (see `Langevin`).
 
     Args:
         schedule: Noise levels; 300 geometric ones from 10 to 0.002 if None.

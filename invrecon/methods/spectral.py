@@ -188,7 +188,7 @@ class DDNMPlusTransition(SpectralTransition):
 class DDRM(Sampler):
     """Denoising diffusion restoration models: `SpectralTransition` from a start at the data.
 
-    One evaluation a level (20), four products with singular vectors, no operator calls. Asks of the operator its
+    One evaluation a level (20), three products with singular vectors, no operator calls. Asks of the operator its
     `spectrum()` and of the noise to be the same for all entries; of the prior nothing but `D`. Close to a MAP
     estimate, the more so the more levels: no posterior sampler.
 

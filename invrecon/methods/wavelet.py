@@ -175,6 +175,8 @@ class WaveletL1(Method):
     unknown is then the extended image `u`, `x = C u` what is cut from it, and `A C` stands for `A`: the penalty of `x`
     is that of its cheapest extension, `min_{u: C u = x} ||details of Psi u||_1`, and every step is as exact as before.
 
+    No evaluations; two operator calls an iteration. Asks of the operator its adjoint, of the prior nothing.
+
     Source: Beck & Teboulle, "A fast iterative shrinkage-thresholding algorithm for linear inverse problems", SIAM J.
     Imaging Sci. 2 (2009), Eq. 4.1 to 4.3; O'Donoghue & Candes, "Adaptive restart for accelerated gradient schemes",
     Found. Comput. Math. 15 (2015), section 3.2; Coifman & Donoho, "Translation-invariant de-noising" (1995),

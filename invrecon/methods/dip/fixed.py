@@ -44,6 +44,10 @@ class DIP(NetworkFit):
 
     A convolutional network explains images sooner than noise; stopped in time, that is all the prior there is.
 
+    No evaluations of a prior: a forward and a backward pass of the fitted network an iteration (at most 3000), two
+    operator calls each. Asks of the operator that gradients go through it, a direct inverse for the image's unit, and
+    images of two dimensions; of the prior nothing.
+
     Source: Ulyanov, Vedaldi & Lempitsky, "Deep image prior", CVPR 2018, Eq. 2.
 
     Args:
@@ -85,6 +89,10 @@ class ReferenceDIP(NetworkFit):
     r"""Reference-guided deep image prior: the network's input is an image that resembles the truth.
 
     $$ \min_\theta\ \|A f_\theta(z_{\mathrm{ref}}) - y\|^2 $$
+
+    No evaluations of a prior: a forward and a backward pass of the fitted network an iteration (at most 3000), two
+    operator calls each. Asks of the operator that gradients go through it, a direct inverse for the image's unit and
+    the reference, and images of two dimensions; of the prior nothing.
 
     Source: Zhao, Wu & Zhao, "Reference-driven compressed sensing MR image reconstruction using deep convolutional
     neural networks without pre-training", Sensors 20 (2020), for the idea.
@@ -129,6 +137,10 @@ class SelfGuidedDIP(NetworkFit):
        + \lambda \|A\|^2 \|\mathbb{E}_\eta f_\theta(z + \eta) - z\|^2, \quad \eta \sim U(-a, a) $$
 
     with `a = noise max |z|`, and the mean over a few draws an iteration. It needs no reference, as it makes its own.
+
+    No evaluations of a prior: a forward and a backward pass of the fitted network, on all draws at once, an iteration
+    (at most 3000), two operator calls each. Asks of the operator that gradients go through it, a direct inverse for the
+    image's unit and the start, and images of two dimensions; of the prior nothing.
 
     Source: Liang, Bell, Qu, Wang & Ravishankar, "Analysis of deep image prior and exploiting self-guidance for image
     reconstruction", arXiv 2402.04097.

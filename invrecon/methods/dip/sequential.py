@@ -66,6 +66,10 @@ class ASeqDIP(NetworkFit):
 
     by `num_inner` steps of Adam a round, weights and moments going on. The second term slows the fit of the noise.
 
+    No evaluations of a prior: a forward and a backward pass of the fitted network an iteration (at most 3000), two
+    operator calls each, and a forward pass between rounds. Asks of the operator that gradients go through it, a direct
+    inverse for the image's unit and the start, and images of two dimensions; of the prior nothing.
+
     Source: Alkhouri, Liang, Bell, Qu, Wang & Ravishankar, "Image reconstruction via autoencoding sequential deep image
     prior", NeurIPS 2024, Alg. 1. Published with `lambda = 1`, 2000 rounds of 2 steps and a learning rate of 1e-4, for
     operators of unknown norm.
@@ -210,6 +214,11 @@ class UDiGDIP(ASeqDIP):
     with `sigma_k` falling, and the estimate `f_theta(z_k)`. The measurement is seen by the network alone, the prior
     is unconditional, and no gradient goes through it: any denoiser of such images serves. The fit is kept near
     images of the prior, so that it explains noise late or never.
+
+    At most 290 evaluations, 10 between two rounds; an iteration (at most 3000) is a forward and a backward pass of the
+    fitted network, with two operator calls. Asks of the operator that gradients go through it, a direct inverse for the
+    image's unit and the start, and images of two dimensions; of the prior nothing but `D`, of images with as many
+    channels.
 
     Source: Liang, Alkhouri, Bell, Qu, Wang & Ravishankar, "Sequential diffusion-guided deep image prior for medical
     image reconstruction", ICASSP 2025. Level, rounds and steps were not published; these are our own.
