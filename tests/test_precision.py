@@ -32,10 +32,21 @@ def test_auto_is_bfloat16_only_where_the_processor_has_it(monkeypatch, avx512, a
     assert training_precision("cpu") == ("bf16-mixed" if native else "32-true")
 
 
-@pytest.mark.parametrize("machine", ["aarch64", "arm64", "AMD64"])
-def test_every_processor_has_an_answer(monkeypatch, machine):
-    monkeypatch.setattr(platform, "machine", lambda: machine)
-    assert has_bfloat16("cpu") in (True, False)
+@pytest.mark.parametrize("machine", ["aarch64", "arm64"])
+@pytest.mark.parametrize("native", [True, False])
+def test_arm_is_asked_what_its_library_can(monkeypatch, machine, native):
+    hardware(monkeypatch, avx512=True, machine=machine)  # which says nothing of this processor
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+    assert has_bfloat16("cpu") is native
+    has_bfloat16.cache_clear()
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert has_bfloat16("cpu") is False
+
+
+def test_windows_spells_its_processor_otherwise(monkeypatch):
+    hardware(monkeypatch, amx=True, machine="AMD64")
+    assert has_bfloat16("cpu") is True
 
 
 @pytest.mark.parametrize("native", [True, False])

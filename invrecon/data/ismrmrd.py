@@ -21,6 +21,8 @@ from invrecon.operators.coils import noise_covariance
 GROUP = "dataset"
 # Numbers (from 1) of the flags of readouts that are no part of k-space: noise, navigation, phase correction, dummies,
 # feedback, coil correction and phase stabilisation.
+CENTRE = ["encoding", "encodingLimits", "kspace_encoding_step_1", "center"]
+BANDWIDTH = ["acquisitionSystemInformation", "relativeReceiverNoiseBandwidth"]
 NOISE = 19
 LEAST_SAMPLES = 10  # of noise, a coil
 NOT_IMAGING = (NOISE, 23, 24, 26, 27, 28, 29, 30, 31)
@@ -44,7 +46,7 @@ class ISMRMRDFile(KSpace):
                 encoded = header_values(xml, "encodedSpace", "matrixSize")
                 asked = header_values(xml, "reconSpace", "matrixSize")
                 field = header_values(xml, "encodedSpace", "fieldOfView_mm")
-                self._centre = _limit(xml, "center", int(encoded[1]) // 2)
+                self._centre = int(_entry(xml, CENTRE, int(encoded[1]) // 2))
             except Exception as error:
                 raise InputError(
                     f"The ISMRMRD header of {path} is not understood ({brief(error)}); expected '{GROUP}/xml' with "
@@ -94,7 +96,8 @@ class ISMRMRDFile(KSpace):
                 "data.prewhiten to false."
             )
         lines = np.unique(np.stack((self._heads["idx"]["slice"], self._columns())), axis=1).shape[1]
-        scale = lines / (len(self._lines) * _bandwidth(self._xml))
+        bandwidth = _entry(self._xml, BANDWIDTH, 1.0)
+        scale = lines / (len(self._lines) * (bandwidth if bandwidth > 0 else 1.0))
         if "sample_time_us" in (heads.dtype.names or ()):
             noise_time, time = float(heads["sample_time_us"][chosen[0]]), float(self._heads["sample_time_us"][0])
             scale *= noise_time / time if noise_time > 0 and time > 0 else 1.0
@@ -149,28 +152,13 @@ def is_ismrmrd(file: Any) -> bool:
     return hasattr(group, "keys") and "xml" in group and "data" in group
 
 
-def _bandwidth(xml: bytes | str) -> float:
-    """Returns the receiver's relative noise bandwidth; 1 if the header does not state it."""
+def _entry(xml: bytes | str, path: list[str], default: float) -> float:
+    """Returns a number of the header; the default if it is not stated."""
     from xml.etree import ElementTree
 
     from fastmri.data.mri_data import et_query
 
-    path = ["acquisitionSystemInformation", "relativeReceiverNoiseBandwidth"]
     try:
-        value = float(et_query(ElementTree.fromstring(xml), path))
-    except RuntimeError:
-        return 1.0
-    return value if value > 0 else 1.0
-
-
-def _limit(xml: bytes | str, name: str, default: int) -> int:
-    """Returns an entry of the limits of the phase encoding; the default if there is none."""
-    from xml.etree import ElementTree
-
-    from fastmri.data.mri_data import et_query
-
-    path = ["encoding", "encodingLimits", "kspace_encoding_step_1", name]
-    try:
-        return int(et_query(ElementTree.fromstring(xml), path))
+        return float(et_query(ElementTree.fromstring(xml), path))
     except RuntimeError:
         return default
