@@ -8,7 +8,7 @@ with the prior's signature, so the sampling loop cannot tell the two apart. Weig
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from invrecon.errors import InputError
 from invrecon.methods.base import norm_per_sample, per_sample
 
 if TYPE_CHECKING:
+    from invrecon.methods.schedule import Schedule
     from invrecon.operators.base import LinearOperator
     from invrecon.priors.base import Cotangent
 
@@ -43,6 +44,10 @@ class DifferentiableDenoiser(Denoiser, Protocol):
         generators: Sequence[torch.Generator] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Returns `D(x, sigma)` and `J_D(x)^T cotangent(D(x, sigma))`."""
+
+
+StrengthAt = Callable[[Tensor, "float | Tensor"], "float | Tensor"]
+"""The weight of a gradient, given a state and its level."""
 
 
 class Conditioning(ABC):
@@ -151,7 +156,11 @@ class DPSConditioning(Conditioning):
 
     def __call__(self, prior: DifferentiableDenoiser, operator: LinearOperator, y: Tensor) -> Denoiser:
         """Returns the guided denoiser."""
+        return self._guide(prior, operator, y, lambda x, sigma: self.strength)
 
+    def _guide(
+        self, prior: DifferentiableDenoiser, operator: LinearOperator, y: Tensor, strength_at: StrengthAt
+    ) -> Denoiser:
         def cotangent(denoised: Tensor) -> Tensor:
             return operator.adjoint(self.weigh(operator(denoised) - y, operator))
 
@@ -159,7 +168,7 @@ class DPSConditioning(Conditioning):
             x: Tensor, sigma: float | Tensor, *, generators: Sequence[torch.Generator] | None = None
         ) -> Tensor:
             denoised, gradient = prior.denoise_vjp(x, sigma, cotangent, generators=generators)
-            return denoised - self.strength * gradient
+            return denoised - strength_at(x, sigma) * gradient
 
         return conditional
 
@@ -197,7 +206,37 @@ class SquaredNormGuidance(NormGuidance):
 
 
 class NormalisedGuidance(DPSConditioning):
-    """`L = ||r||^2 / (2 ||A||^2)`: `w(r) = r / ||A||^2`, free of the geometry's scale; it does not stall."""
+    """`L = ||r||^2 / (2 ||A||^2)`, but never more than the negative log-likelihood where there is noise.
+
+        x0 = D - min(strength / ||A||^2, sigma^2 / sigma_y^2) J_D(x)^T A^T r
+
+    Free of the geometry's scale, and it does not stall. The second weight is that of Tweedie's formula with the
+    likelihood `p(y | D)`: as the level falls the data lose weight against the prior, and their noise is not fitted.
+    Where the noise differs between rays, rows are weighted first (`operator.whiten`).
+
+    Args:
+        strength: Weight of the gradient, in units of `1 / ||A||^2`.
+        schedule: The levels of a transition that adds all of `x0 - D` to its state (`PriorNoise`): the second weight is
+            then `(sigma^2 - sigma'^2) / sigma_y^2`, so that the steps of all levels add up as they should.
+    """
+
+    def __init__(self, strength: float, schedule: Schedule | None = None) -> None:
+        super().__init__(strength)
+        self._released = {} if schedule is None else {sigma: sigma**2 - after**2 for sigma, after in schedule.steps()}
+
+    def __call__(self, prior: DifferentiableDenoiser, operator: LinearOperator, y: Tensor) -> Denoiser:
+        """Returns the guided denoiser."""
+        operator, y, std = operator.whiten(y)
+        if std is None:
+            return super().__call__(prior, operator, y)
+        noise, squared_norm = std, operator.norm() ** 2
+
+        def strength_at(x: Tensor, sigma: float | Tensor) -> Tensor:
+            variance = sigma**2 if isinstance(sigma, Tensor) else self._released.get(sigma, sigma**2)
+            likelihood = variance * squared_norm / noise.to(x) ** 2
+            return per_sample(likelihood.clamp(max=self.strength).expand(x.shape[0]), x)
+
+        return self._guide(prior, operator, y, strength_at)
 
     def weigh(self, residual: Tensor, operator: LinearOperator) -> Tensor:
         """Returns `r / ||A||^2`."""

@@ -138,12 +138,15 @@ class DPS(Sampler):
 class DPSNormalised(Sampler):
     """DPS with a data step that shrinks with the residual: no constant depends on operator or image size.
 
-        x' = DDPM(x, D(x, sigma)) - (zeta / ||A||^2) grad_x ||A D(x, sigma) - y||^2 / 2
+        x' = DDPM(x, D(x, sigma)) - w grad_x ||A D(x, sigma) - y||^2 / 2
+        w = min(zeta / ||A||^2, (sigma^2 - sigma'^2) / sigma_y^2)
 
-    1000 evaluations, each with a gradient through the network, two operator calls each. Asks of the operator its
-    adjoint, of the prior a vector-Jacobian product. It fits the data to the end, noise and all: made for exact data.
+    The second weight is the reverse diffusion's step down the negative log-likelihood: data with noise are not fitted
+    to the end. 1000 evaluations, each with a gradient through the network, two operator calls each. Asks of the
+    operator its adjoint, of the prior a vector-Jacobian product. No posterior sampler: `D` stands for all images that
+    the state may come from, and where data are exact they fix what they measure.
 
-    Source: Chung et al., ICLR 2023, Alg. 1, with the squared norm and the step in units of `1 / ||A||^2`.
+    Source: Chung et al., ICLR 2023, Eq. 16 and Alg. 1, with the squared norm and the step in units of `1 / ||A||^2`.
 
     Args:
         num_levels: Noise levels, and so denoiser evaluations.
@@ -169,9 +172,10 @@ class DPSNormalised(Sampler):
         samples_per_batch: int | None = None,
         clip: tuple[float, float] | None = (0.0, 1.0),
     ) -> None:
+        schedule = VPSchedule(num_levels, sigma_max, sigma_min)
         super().__init__(
-            VPSchedule(num_levels, sigma_max, sigma_min),
-            NormalisedGuidance(zeta),
+            schedule,
+            NormalisedGuidance(zeta, schedule),
             PriorNoise(DDIM(eta=1.0)),
             start,
             num_samples,

@@ -153,10 +153,12 @@ class PaDISRepo(PaDIS):
 
 
 class PaDISNormalised(PaDIS):
-    """With the data step `(zeta / ||A||^2) grad_x ||r||^2 / 2`: no constant depends on the geometry.
+    """With the data step `w grad_x ||r||^2 / 2`: no constant depends on the geometry, and noise is not fitted.
 
-        x <- x - (zeta / ||A||^2) grad_x ||r||^2 / 2 + (epsilon / 2) (D - x) + sqrt(epsilon) sigma z
-        r = A D(x, sigma) - y
+        x <- x - w grad_x ||r||^2 / 2 + (epsilon / 2) (D - x) + sqrt(epsilon) sigma z
+        r = A D(x, sigma) - y,   w = min(zeta / ||A||^2, epsilon sigma^2 / (2 sigma_y^2))
+
+    The second weight is the Langevin step down the negative log-likelihood, where data have noise.
 
     1000 evaluations (100 levels, 10 updates each), each with a gradient through the network, two operator calls each.
     Asks of the operator its adjoint, of the prior a vector-Jacobian product.

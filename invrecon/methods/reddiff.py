@@ -17,6 +17,7 @@ from invrecon.methods.base import (
     check_measurement,
     check_prior,
     check_range,
+    per_sample,
     relative_residual,
 )
 from invrecon.methods.counting import Counter, CountingPrior, count_calls
@@ -32,12 +33,14 @@ if TYPE_CHECKING:
 class REDDiff(Method):
     """Regularisation by denoising diffusion: one step of Adam a noise level, from the noisiest down.
 
-        x = mu + sigma n,    g = A^T (A mu - y) / ||A||^2 + weight (mu - D(x, sigma)),    mu <- mu - Adam(g)
+        x = mu + sigma n,    g = gamma A^T (A mu - y) + weight (mu - D(x, sigma)),    mu <- mu - Adam(g)
+        gamma = min(1 / ||A||^2, sigma^2 / sigma_y^2)
 
     The second term is the published `w(sigma) (eps_theta - eps)` with the weight `w = weight sigma`, the inverse root
     of the signal-to-noise ratio. Adam does not see a common factor of both: what counts is their ratio, which the
-    division by `||A||^2` makes one for all operators. Where the noise differs between rays, rows are weighted first;
-    its level has no say, and the image of the measurements is fitted to the end.
+    division by `||A||^2` makes one for all operators. Data with noise count by their likelihood as soon as that is
+    less, so that noise is not fitted; with `weight = 1` both gradients are then those of the posterior. Where the noise
+    differs between rays, rows are weighted first.
 
     One evaluation a level (1000), two operator calls; no gradient through the network. Asks of the operator its
     adjoint and a direct inverse for the start, of the prior nothing but `D`. An estimator: one image, no samples.
@@ -99,13 +102,14 @@ class REDDiff(Method):
         draws = check_generators(generators, y.shape[0])
         physics = count_calls(operator, calls)
         mu = self.start(y, physics, self.schedule.sigma_max, draws).clone()
-        weighted, data, _ = physics.whiten(y)
-        squared_norm = weighted.norm() ** 2
+        weighted, data, std = physics.whiten(y)
+        most = mu.new_full(mu.shape[:1], 1 / weighted.norm() ** 2)
         adam = torch.optim.Adam([mu], lr=self.learning_rate, betas=self.decays)  # each pixel by itself
         for sigma in self.schedule.sigmas:
             denoised = denoise(mu + sigma * randn(mu.shape[1:], draws, mu), sigma, generators=draws)
-            misfit = weighted.adjoint(weighted(mu) - data) / squared_norm
-            mu.grad = misfit + self.weight * (mu - denoised)
+            gamma = most if std is None else most.minimum((sigma / std.to(mu)) ** 2)
+            misfit = weighted.adjoint(weighted(mu) - data)
+            mu.grad = per_sample(gamma, mu) * misfit + self.weight * (mu - denoised)
             adam.step()
         mean = mu.detach() if self.clip is None else mu.detach().clamp(*self.clip)
         return Estimate(

@@ -100,8 +100,9 @@ BANDS = {
     # Reference for zeta of .03 to .3: error .18 to .28, variances .04 to .41 and .93 to 1.07. The two-cycle is left at
     # a distance of zeta / 2 or so, which is the residual without noise.
     "DPS": Band(0.2, (0.0, 0.41), (0.85, 1.2), exact=0.15, knobs=dict(num_levels=300)),
-    # Gradient steps: the small singular values converge slowly, hence the residual without noise.
-    "DPSNormalised": Band(0.2, (0.0, 0.1), (0.85, 1.2), exact=0.04, knobs=dict(num_levels=300)),
+    # Gradient steps: the small singular values converge slowly, hence the residual without noise. That the state may
+    # come from other images than D is left out of the likelihood, which is so too narrow at high levels.
+    "DPSNormalised": Band(0.12, (0.4, 0.8), (0.85, 1.2), exact=0.04, knobs=dict(num_levels=300)),
     # Reference (200 levels, exact step): .067, 1.03, 1.6 to 1.7: too much spread in the null space.
     "DAPSExact": Band(0.12, (0.8, 1.25), (1.25, 1.9), knobs=dict(num_levels=50)),
     # A few Langevin steps do not reach all of the null space, which so keeps the spread of the flow's end.
@@ -122,7 +123,8 @@ BANDS = {
     "ProximalDiffusion": Band(0.06, (0.0, 0.2), (0.03, 0.2), knobs=dict(sigma_max=20.0, start=NoiseStart())),
     "PaDISPaper": Band(0.2, (0.0, 0.5), (0.85, 1.4), 0.4, dict(num_levels=50, num_inner=5), scale_free=False),
     "PaDISRepo": Band(0.2, (0.0, 0.25), (0.85, 1.5), 0.2, dict(num_levels=50, num_inner=5), scale_free=False),
-    "PaDISNormalised": Band(0.15, (0.0, 0.05), (0.85, 1.4), knobs=dict(num_levels=50, num_inner=5)),
+    # As LangevinDirect.
+    "PaDISNormalised": Band(0.1, (0.9, 1.45), (0.85, 1.4), knobs=dict(num_levels=50, num_inner=5)),
     # A fixed point, and so no spread: the posterior's mean at any level, and a high one is fast here.
     "PnPADMM": Band(0.01, (0.0, 0.01), (0.0, 0.01), knobs=dict(sigma=1.0)),
     # The same of a prior that is blurred by sigma.
@@ -211,6 +213,16 @@ def test_exact_data_are_met(name):
     print(f"{name}: largest relative residual {float(residual.max()):.1e}")
     assert samples.isfinite().all()
     assert residual.max() < band.exact
+
+
+@pytest.mark.parametrize("name", ["DPSNormalised", "PaDISNormalised", "REDDiff"])
+def test_noise_as_large_as_the_data_is_not_fitted(name):
+    """Steps down the data's misfit count by its likelihood: fitted to the end, the mean would be off by its length."""
+    toy = make_toy(noise_std=1.0)
+    samples = draw(ENTRANTS[name], toy.y, toy.operator, toy.prior, **band_of(name).knobs)
+    error = toy.ratios(samples)[0]
+    print(f"{name}: mean error {error:.3f}")
+    assert error < 0.35
 
 
 SAMPLERS = [name for name, cls in ENTRANTS.items() if cls.samples_posterior]

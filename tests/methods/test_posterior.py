@@ -65,8 +65,8 @@ CASES = {
     "padis-repo": (PaDISRepo(50, zeta=0.3, num_samples=300, clip=None), 0.15, (0.0, 0.25), (0.8, 1.2)),
     "padis-normalised": (
         PaDISNormalised(50, zeta=1.0, num_samples=300, clip=None),
-        0.15,
-        (0.0, 0.05),
+        0.1,
+        (0.9, 1.45),
         (0.85, 1.25),
     ),
 }
