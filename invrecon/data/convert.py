@@ -51,8 +51,19 @@ def convert(
     """
     if size < 2:
         raise InputError(f"The size is {size}, expected at least 2 pixels.")
-    sources, output = find_volumes(inputs), Path(output)
-    volumes = [open_volume(path, dataset=dataset) for path in sources]
+    volumes = [open_volume(path, dataset=dataset) for path in find_volumes(inputs)]
+    targets = output_files(volumes, Path(output), force=force)
+    for volume, target in zip(volumes, targets, strict=True):
+        _write(volume, target, size)
+    return targets
+
+
+def output_files(volumes: Sequence[Volume], output: Path, *, force: bool) -> list[Path]:
+    """Returns the file to write for each volume: `output` itself, if it names a file, else one in that folder.
+
+    Raises:
+        InputError: Two volumes for one file, or a file that exists already.
+    """
     if suffix_of(output) in HDF5_SUFFIXES:
         if len(volumes) > 1:
             raise InputError(f"{len(volumes)} volumes cannot go into one file {output}; name a folder as output.")
@@ -61,13 +72,11 @@ def convert(
         targets = [output / f"{volume.stem}.h5" for volume in volumes]
     if len(set(targets)) < len(targets):
         raise InputError(f"Two inputs would both be written to one file in {output}; convert them one at a time.")
-    for target, source in zip(targets, sources, strict=True):
-        if target.exists() and target.resolve() == source.resolve():
+    for target, volume in zip(targets, volumes, strict=True):
+        if target.exists() and target.resolve() == volume.path.resolve():
             raise InputError(f"{target} is both input and output; choose another output.")
         if target.exists() and not force:
             raise InputError(f"{target} exists already; choose another output, or replace it with --force.")
-    for volume, target in zip(volumes, targets, strict=True):
-        _write(volume, target, size)
     return targets
 
 

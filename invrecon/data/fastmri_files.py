@@ -84,6 +84,17 @@ def fastmri_slices() -> SliceDataset:
     return OneFile()
 
 
+def stated_maximum(path: Path) -> float | None:
+    """Returns the attribute `max` of a fastMRI file, the largest value of its reference; None without a usable one."""
+    try:
+        with open_hdf5(path) as file:
+            value = np.asarray(file.attrs.get("max", 0.0) if "kspace" in file else 0.0)
+    except InputError:  # it is no HDF5, or was moved after the reconstruction
+        return None
+    usable = value.shape == () and value.dtype.kind in "fiu" and np.isfinite(value) and value > 0
+    return float(value) if usable else None
+
+
 def header_values(header: bytes | str, space: str, entry: str) -> tuple[float, float, float]:
     """Returns `x, y, z` of an entry (`matrixSize`, `fieldOfView_mm`) of the header's encoded or reconstructed space."""
     from xml.etree import ElementTree

@@ -170,7 +170,7 @@ def test_the_table_says_how_much_was_measured(result: Path) -> None:
 
 def test_volumes_are_judged_as_fastmri_judges_them(result: Path, scans: Path) -> None:
     with h5py.File(scans / "brain.h5") as file:
-        kspace = file["kspace"][()]
+        kspace, largest = file["kspace"][()], float(file.attrs["max"])
     maps = read(result / "predict" / "brain.h5", "maps")
     images = np.fft.fftshift(np.fft.ifft2(np.fft.ifftshift(kspace, axes=(-2, -1)), norm="ortho"), axes=(-2, -1))
     target = np.abs((maps.conj() * images[..., 2:-2]).sum(1))
@@ -178,8 +178,9 @@ def test_volumes_are_judged_as_fastmri_judges_them(result: Path, scans: Path) ->
         (row,) = csv.DictReader(file)
     mean = read(result / "predict" / "brain.h5")
     assert float(row["nmse"]) == pytest.approx(float(fastmri.evaluate.nmse(target, mean)), rel=1e-4)
-    assert float(row["psnr"]) == pytest.approx(float(fastmri.evaluate.psnr(target, mean)), abs=1e-3)
-    assert float(row["ssim"]) == pytest.approx(float(fastmri.evaluate.ssim(target, mean)[0]), abs=1e-4)
+    assert float(row["psnr"]) == pytest.approx(float(fastmri.evaluate.psnr(target, mean, largest)), abs=1e-3)
+    assert float(row["ssim"]) == pytest.approx(float(fastmri.evaluate.ssim(target, mean, largest)[0]), abs=1e-4)
+    assert float(row["max"]) == pytest.approx(largest)
     assert files_in(result / "test") == {"metrics.csv", "volumes.csv", "summary.json", "config.yaml"}
     for name in ("predict", "test"):
         summary = json.loads((result / name / "summary.json").read_text())

@@ -1,0 +1,111 @@
+"""Makes files of fastMRI's format from magnitude volumes: simulated coils, phase and noise.
+
+    python -m invrecon.data.simulate IN [IN ...] OUT --coils 8 --snr 30
+
+Phases and coils are those that `invrecon test --config recon_mri.yaml` gives the same volume. The files are fully
+sampled, with a reference, and are read by fastMRI's own tools as well as by ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from invrecon.data.convert import output_files
+from invrecon.data.fastmri_files import write_fastmri
+from invrecon.data.kspace import image_kspace
+from invrecon.data.mri import MRIData, open_magnitudes
+from invrecon.data.volumes import find_volumes, parse_slices
+from invrecon.errors import InputError
+from invrecon.operators.noise import SNRNoise
+from invrecon.rng import make_generator
+
+
+def simulate(
+    inputs: str | Path | Sequence[str | Path],
+    output: str | Path,
+    *,
+    size: int = 256,
+    num_coils: int = 8,
+    snr: float | None = 30.0,
+    slices: str | None = None,
+    seed: int = 0,
+    dataset: str = "data",
+    force: bool = False,
+) -> list[Path]:
+    """Writes the k-space of every volume found in `inputs`, and returns the files written.
+
+        y_c = F (s_c x exp(i phi)) + n
+
+    Args:
+        inputs: Files or folders of magnitudes: HDF5, NIfTI, NRRD, DICOM folders.
+        output: An HDF5 file for a single volume, else a folder, whose files take the names of the inputs.
+        size: Side of the images in pixels; slices are cropped or zero-padded to it.
+        num_coils: Simulated coils; 1 is of sensitivity 1, and is stored as single-coil data are.
+        snr: Signal over noise of each slice's k-space [dB]; None for no noise.
+        slices: As of `MRIData`.
+        seed: Of phases, coils and noise.
+        dataset: Name of the dataset in HDF5 inputs.
+        force: Replace files that exist.
+
+    Raises:
+        InputError: If an input is of no use, an output exists, or cannot be written.
+    """
+    noise = None if snr is None else SNRNoise(snr)
+    data = MRIData([], size=size, num_coils=num_coils, seed=seed, dataset=dataset)
+    volumes = [open_magnitudes(path, dataset) for path in find_volumes(inputs)]
+    targets = output_files(volumes, Path(output), force=force)
+    for volume, target in zip(volumes, targets, strict=True):
+        stack = []
+        for index in parse_slices(slices, len(volume), name=str(volume.path)):
+            case = data.load(volume, index)
+            assert case.reference is not None, "a volume of magnitudes is one"
+            y = image_kspace(case.reference, case.maps) * case.scale
+            if noise is not None:
+                y = noise.sample(y[None], [make_generator(seed, "noise", case.id)])[0][0]
+            stack.append(y)
+        voxel_mm = volume.voxel_mm or (1.0, 1.0, 1.0)
+        write_fastmri(target, torch.stack(stack), voxel_mm=voxel_mm, patient=volume.patient)
+    return targets
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m invrecon.data.simulate", description="Make fastMRI files from magnitude volumes."
+    )
+    parser.add_argument("inputs", nargs="+", metavar="IN", help="files or folders: HDF5, NIfTI, NRRD, DICOM")
+    parser.add_argument("output", metavar="OUT", help="an .h5 file for one volume, else a folder")
+    parser.add_argument("--size", type=int, default=256, help="side of the images in pixels (default 256)")
+    parser.add_argument("--coils", type=int, default=8, help="simulated coils (default 8)")
+    parser.add_argument("--snr", type=float, default=30.0, help="of k-space in dB (default 30); inf for no noise")
+    parser.add_argument("--slices", help="'3', '1,4,9' or '10:90:5' (default all)")
+    parser.add_argument("--seed", type=int, default=0, help="of phases, coils and noise (default 0)")
+    parser.add_argument("--dataset", default="data", help="dataset name in HDF5 inputs (default 'data')")
+    parser.add_argument("--force", action="store_true", help="replace existing files")
+    options = parser.parse_args(args)
+    try:
+        written = simulate(
+            options.inputs,
+            options.output,
+            size=options.size,
+            num_coils=options.coils,
+            snr=None if options.snr == float("inf") else options.snr,
+            slices=options.slices,
+            seed=options.seed,
+            dataset=options.dataset,
+            force=options.force,
+        )
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("\n".join(str(path) for path in written))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
