@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 
 import torch
@@ -14,6 +15,7 @@ from invrecon.operators.fourier import complex_to_pairs, ifft2c, pairs_to_comple
 from invrecon.operators.sampling import calibration_region
 
 Size = tuple[int, int]
+LEAST_ACS = 4  # side of the calibration region
 
 
 class CoilMaps(ABC):
@@ -54,11 +56,10 @@ class CoilMaps(ABC):
             )
         rows, columns = calibration_region(kept.expand(size))
         acs = (rows.stop - rows.start, columns.stop - columns.start)
-        if min(acs) < min(self._min_acs(), *size):
+        if min(acs) < min(LEAST_ACS, *size):
             raise InputError(
-                f"{type(self).__name__} needs the central {self._min_acs()} x {self._min_acs()} samples of k-space "
-                f"(ACS), this mask has {acs[0]} x {acs[1]} of them: sample the centre, or, where 4 x 4 are left, take "
-                "--data.maps=LowResolutionMaps."
+                f"{type(self).__name__} needs at least the central {LEAST_ACS} x {LEAST_ACS} samples of k-space (ACS), "
+                f"this mask has {acs[0]} x {acs[1]} of them: sample the centre, or see that the k-space is centred."
             )
         rows, columns = _central(rows, self.max_acs), _central(columns, self.max_acs)
         if not z[:, rows, columns].any():
@@ -67,10 +68,6 @@ class CoilMaps(ABC):
                 "maps from: see that the k-space is centred."
             )
         return complex_to_pairs(self._estimate(z, rows, columns))
-
-    def _min_acs(self) -> int:
-        """Smallest side of the calibration region."""
-        return 4
 
     @abstractmethod
     def _estimate(self, z: Tensor, rows: slice, columns: slice) -> Tensor:
@@ -86,7 +83,8 @@ class ESPIRiT(CoilMaps):
         G(r) = 1 / k^2  sum_m [sum_{j - l = m} P_{jl}] exp(2 pi i m . r / N),    G(r) s(r) = lambda(r) s(r)
 
     with `lambda = 1` where there is signal. The eigenvector of the largest eigenvalue is the map; where it falls below
-    `crop` the map is 0.
+    `crop` the map is 0. Of calibration regions below `k + 2` samples there are too few patches: maps are then
+    `LowResolutionMaps`, with a warning.
 
     Source: Uecker et al., "ESPIRiT", MRM 71 (2014), 990-1001, Eqs. 5 to 17.
 
@@ -110,12 +108,18 @@ class ESPIRiT(CoilMaps):
         super().__init__(max_acs)
         self.kernel_size, self.threshold, self.crop = kernel_size, float(threshold), float(crop)
 
-    def _min_acs(self) -> int:
-        return self.kernel_size + 2
-
     def _estimate(self, z: Tensor, rows: slice, columns: slice) -> Tensor:
         _, *size = z.shape
         acs = z[:, rows, columns]
+        least = self.kernel_size + 2
+        if min(acs.shape[1:]) < min(least, *size):
+            warnings.warn(
+                f"ESPIRiT with kernels of {self.kernel_size} needs the central {least} x {least} samples of k-space "
+                f"(ACS), this mask has {acs.shape[1]} x {acs.shape[2]} of them: coil maps are LowResolutionMaps, which "
+                "are blurred at edges. Sample more of the centre, or lower kernel_size.",
+                stacklevel=3,
+            )
+            return LowResolutionMaps(max_acs=self.max_acs)._estimate(z, rows, columns)
         values, vectors = torch.linalg.eigh(self._matrices(self._projection(acs), size).to(z.dtype))
         maps = _fix_phase(vectors[..., -1].movedim(-1, 0), acs)
         return maps * (values[..., -1] >= self.crop)

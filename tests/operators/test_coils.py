@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import os
 from pathlib import Path
 
@@ -108,6 +109,16 @@ def test_the_mask_is_found_in_k_space():
     lines[0, 10:26] = 1
     sampled = kspace * lines[..., None]
     assert torch.equal(ESPIRiT()(sampled), ESPIRiT()(kspace, lines))
+
+
+def test_where_the_centre_is_too_small_for_patches_maps_are_low_resolution_images():
+    kspace, _ = scan()
+    with pytest.warns(UserWarning, match="8 x 8 samples.*has 6 x 6 of them.*LowResolutionMaps"):
+        maps = ESPIRiT()(kspace, central_block(SIZE, (6, 6)))
+    assert torch.equal(maps, LowResolutionMaps()(kspace, central_block(SIZE, (6, 6))))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ESPIRiT(kernel_size=4)(kspace, central_block(SIZE, (6, 6)))
 
 
 def test_one_coil_has_unit_maps():
