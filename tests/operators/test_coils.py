@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
 import os
+import warnings
 from pathlib import Path
 
 import pytest
