@@ -105,7 +105,10 @@ def foreign(built: nn.Module, prefix: str = "") -> dict[str, Tensor]:
 
 def options(config: dict[str, Any], **changes: Any) -> Options:
     positions = config["position_channels"] > 0
-    return Options(**{key: value for key, value in ASKED.items() if positions or key == "image_size"} | changes)
+    asked = {key: value for key, value in ASKED.items() if positions or key == "image_size"}
+    if "new_attention_order" in config:  # guided diffusion
+        asked["head_channels"] = config["head_channels"]
+    return Options(**asked | changes)
 
 
 def inputs(config: dict[str, Any], num: int = 2) -> Tensor:

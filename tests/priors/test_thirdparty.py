@@ -80,7 +80,7 @@ def test_the_architecture_is_read_from_the_tensors(case: str, tmp_path: Path) ->
     save_file({key: value.contiguous() for key, value in foreign(built).items()}, tmp_path / "theirs.safetensors")
     card, _ = import_weights(tmp_path / "theirs.safetensors", path, options(config))
     found = {key: value for key, value in card.network.items() if key != "family"}
-    # The middle of a U-Net has attention too: heads of 64 channels where these fit, else one.
+    # The middle of a U-Net has attention too: of Dhariwal's, heads of 64 channels where these fit, else one.
     fits = config["head_channels"] and config["base_channels"] * config["multipliers"][-1] % 64 == 0
     assert found == config | {"head_channels": 64 if fits else None}
     prior, _ = load_prior(path)
@@ -91,15 +91,23 @@ def test_the_architecture_is_read_from_the_tensors(case: str, tmp_path: Path) ->
 
 def test_what_shapes_do_not_say_is_asked_for() -> None:
     with pytest.raises(InputError, match="--image-size"):
-        convert(Source(foreign(network("guided-diffusion", GUIDED))), Options())
+        convert(Source(foreign(network("guided-diffusion", GUIDED))), Options(head_channels=64))
     padis = Source(foreign(network("song", SONG | {"position_channels": 2})))
     with pytest.raises(InputError, match=r"--padding .*--patch-sizes"):
         convert(padis, Options())
     with pytest.raises(InputError, match="leaves nothing"):
         convert(padis, Options(padding=8, patch_sizes=[8]))
-    _, _, notes = convert(Source(foreign(network("guided-diffusion", GUIDED))), Options(image_size=16))
-    for option in ("--head-channels", "--new-attention-order", "--schedule", "--data-range", "--intensity"):
+    with pytest.raises(InputError, match=r"how many heads.*--head-channels or --num-heads.*--settings"):
+        convert(Source(foreign(network("guided-diffusion", GUIDED))), Options(image_size=16))
+    _, _, notes = convert(Source(foreign(network("guided-diffusion", GUIDED))), options(GUIDED))
+    for option in ("--new-attention-order", "--schedule", "--data-range", "--intensity"):
         assert any(option in note for note in notes)
+
+
+def test_published_networks_need_no_number_of_heads() -> None:
+    wide = GUIDED | {"base_channels": 128, "stem_channels": 128, "multipliers": [0.5, 1]}
+    _, card, notes = convert(Source(foreign(network("guided-diffusion", wide))), Options(image_size=16))
+    assert card.network["head_channels"] == 64 and any("--head-channels" in note for note in notes)
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,11 @@ def _parser() -> _Parser:
     add = group.add_argument
     heads = group.add_mutually_exclusive_group()
     heads.add_argument(
-        "--head-channels", type=_count, metavar="N", help="channels of an attention head (default: 64, SongUNet: all)"
+        "--head-channels",
+        type=_count,
+        metavar="N",
+        help="channels of an attention head (default: 64 for DhariwalUNet and published networks of guided diffusion, "
+        "all for SongUNet)",
     )
     heads.add_argument("--num-heads", type=_count, metavar="N", help="attention heads, instead")
     add("--new-attention-order", action="store_true", help="guided diffusion's use_new_attention_order")

@@ -185,6 +185,7 @@ def architecture(
     taps = stated.get("resample_filter")
     if "time_embed.0.weight" in tensors:
         network = infer.guided_diffusion(tensors, heads)
+        _ask_for_heads(network, heads)
         order = "all queries, keys, values" if heads.new_order else "a query, key and value per head"
         notes.append(f"Attention order: {order} (--new-attention-order or not; the shapes are the same).")
     else:
@@ -200,6 +201,16 @@ def architecture(
     found = {key: value for key, value in network.items() if key != "family"}
     notes.insert(0, f"Found: {network['family']}, " + ", ".join(f"{key} {value}" for key, value in found.items()) + ".")
     return network
+
+
+def _ask_for_heads(network: dict[str, Any], heads: infer.Heads) -> None:
+    """Refuses a network of guided diffusion whose heads are neither stated nor those that all published ones have."""
+    known = network["base_channels"] in infer.PUBLISHED_WIDTHS and network["head_channels"] is not None
+    if heads.head_channels is None and heads.num_heads is None and not known:
+        raise InputError(
+            "No shape tells how many heads its attention layers have, and with another number the network is another "
+            "one: state --head-channels or --num-heads, or give the original program's arguments with --settings."
+        )
 
 
 def _positive(value: Any) -> int | None:

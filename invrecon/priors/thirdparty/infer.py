@@ -17,6 +17,7 @@ from invrecon.errors import InputError
 
 Tensors = Mapping[str, Tensor]
 HEAD_CHANNELS = 64
+PUBLISHED_WIDTHS = (128, 192, 256)  # base channels of networks of guided diffusion whose heads have 64 channels
 
 
 @dataclass
