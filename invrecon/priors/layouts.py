@@ -172,7 +172,16 @@ class RandomShift(Layout):
 
 
 class FixedLayout(Layout):
-    """A layout that is the same at every evaluation; padding is no wider than its patches reach."""
+    """A layout that is the same at every evaluation, and laid out once; padding is no wider than its patches reach."""
+
+    _last: tuple[tuple[tuple[int, int], int, int], Places] | None = None
+
+    def place(self, shape: tuple[int, int], patch_size: int, generators: Generators) -> Places:
+        """Returns the places of `Layout.place`; those of the last call if it asked for the same."""
+        asked = (shape, patch_size, len(generators))
+        if self._last is None or self._last[0] != asked:
+            self._last = asked, super().place(shape, patch_size, generators)
+        return self._last[1]
 
     @abstractmethod
     def grid(self, num: int, patch_size: int) -> Sequence[int]:

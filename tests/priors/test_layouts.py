@@ -30,6 +30,7 @@ from invrecon.priors.layouts import (
 )
 from invrecon.priors.patch import PatchPrior, WholePrior, pad_with_noise
 from invrecon.priors.unet import UNet
+from invrecon.rng import make_generators
 from invrecon.tasks.adaptation import TestTimeAdaptation
 from invrecon.tasks.reconstruction import Reconstruction
 from tests.cli.tiny import make_prior
@@ -363,3 +364,13 @@ def test_layouts_go_by_their_names_on_the_command_line(task: type) -> None:
     nested = ["--model.layout=SkipEmpty", "--model.layout.layout=Stitched", "--model.layout.layout.margin=2"]
     layout = parser.parse_args([*args[:2], *args[3:], *nested, "--model.layout.radius=1"]).model.layout
     assert layout.init_args.layout.init_args.margin == 2 and layout.init_args.radius == 1
+
+
+@pytest.mark.parametrize("layout", [OverlapAverage(stride=5), Stitched(margin=2)], ids=lambda x: type(x).__name__)
+def test_a_fixed_layout_is_laid_out_once_for_each_size(layout: Layout) -> None:
+    first = layout.place((20, 17), 8, make_generators(0, ["a", "b"]))
+    assert layout.place((20, 17), 8, make_generators(1, ["c", "d"])) is first
+    for shape, names in (((17, 20), ["a", "b"]), ((20, 17), ["a"])):
+        fresh = type(layout)(**{k: v for k, v in vars(layout).items() if k in ("stride", "margin")})
+        for name, value in vars(layout.place(shape, 8, make_generators(0, names))).items():
+            assert torch.equal(value, getattr(fresh.place(shape, 8, make_generators(0, names)), name))
