@@ -25,6 +25,9 @@ class EDMDenoiser(nn.Module):
     Args:
         network: `F(input, c_noise)`, from `image channels + position channels` to image channels.
         sigma_data: The data's standard deviation `s`, in intensity units.
+
+    Attributes:
+        image_channels: Channels of the images; None if the network does not say.
     """
 
     sigma_data: Tensor
@@ -33,7 +36,9 @@ class EDMDenoiser(nn.Module):
         super().__init__()
         self.network = network
         self.register_buffer("sigma_data", torch.tensor(float(sigma_data)))
-        self.position_channels: int = getattr(network, "config", {}).get("position_channels", 2)
+        config = getattr(network, "config", {})
+        self.position_channels: int = config.get("position_channels", 2)
+        self.image_channels: int | None = config.get("image_channels")
         self.precision = "32"  # of the network, see `invrecon.precision`
 
     def forward(self, u: Tensor, sigma: float | Tensor, position: Tensor) -> Tensor:

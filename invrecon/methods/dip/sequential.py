@@ -278,8 +278,8 @@ class UDiGDIP(ASeqDIP):
     ) -> FittedEstimate:
         """Reconstructs a batch; see `NetworkFit.__call__`."""
         prior = check_prior(self, prior)
-        network = getattr(getattr(prior, "denoiser", None), "network", None)
-        check_channels(getattr(network, "config", {}).get("image_channels"), operator.image_shape[0])
+        denoiser = getattr(prior, "denoiser", None)
+        check_channels(getattr(denoiser, "image_channels", None), operator.image_shape[0])
         return super().__call__(y, operator, prior, generators=generators, on_iterate=on_iterate)
 
     def input(self, data: CaseData, prior: CountingPrior | None, generator: torch.Generator) -> NetworkInput:

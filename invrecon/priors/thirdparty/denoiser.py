@@ -100,7 +100,7 @@ def build_denoiser(network: dict[str, Any], denoiser: dict[str, Any], sigma_data
     arguments = {key: value for key, value in network.items() if key != "family"}
     built = FAMILIES[network["family"]](**arguments)
     preconditioning = PRECONDITIONINGS[denoiser["prediction"]](**denoiser.get("settings", {}))
-    return ImportedDenoiser(
+    imported = ImportedDenoiser(
         built,
         preconditioning,
         int(network.get("position_channels", 0)),
@@ -108,3 +108,5 @@ def build_denoiser(network: dict[str, Any], denoiser: dict[str, Any], sigma_data
         denoiser.get("position_scale", 1.0),
         sigma_data,
     )
+    imported.image_channels = network.get("image_channels")
+    return imported
