@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from invrecon.operators.base import LinearOperator
 
 
+LEAST_NOISE = 1.0  # a first level that hides an image of intensity 1
+
+
 class Start(ABC):
     """Gives the first state of a sampler."""
 
@@ -28,12 +32,18 @@ class Start(ABC):
 
 
 class NoiseStart(Start):
-    """Pure noise, `x = sigma n`: right where `sigma` dwarfs the image."""
+    """Pure noise, `x = sigma n`: right where `sigma` dwarfs the image, and with a warning where it does not."""
 
     def __call__(
         self, y: Tensor, operator: LinearOperator, sigma: float, generators: Sequence[torch.Generator]
     ) -> Tensor:
         """Returns `sigma n`."""
+        if sigma < LEAST_NOISE:
+            warnings.warn(
+                f"A method that starts from pure noise was given a first noise level of {sigma:g}, too low to hide an "
+                "image of intensity 1 that is not there: set --model.method.sigma_max, 10 is common.",
+                stacklevel=2,
+            )
         return sigma * randn(tuple(operator.image_shape), generators, y)
 
 

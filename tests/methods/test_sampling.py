@@ -1,5 +1,7 @@
 """What every sampler promises besides its numbers: independence, determinism, honest counts, clear errors."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -285,3 +287,12 @@ def test_clear_errors():
         Sampler(GeometricSchedule(4, 2.0, 0.01, 3), ProximalConditioning(), DDIM())
     with pytest.raises(InputError, match="clip"):
         ProximalDiffusion(clip=(1.0, 0.0))
+
+
+def test_noise_too_weak_to_hide_an_image_is_no_start_in_silence():
+    toy = make_toy()
+    with pytest.warns(UserWarning, match=r"first noise level of 0\.3.*sigma_max"):
+        NoiseStart()(toy.y, toy.operator, 0.3, generators(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        NoiseStart()(toy.y, toy.operator, 10.0, generators(1))
