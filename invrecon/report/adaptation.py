@@ -53,6 +53,11 @@ def encode_trace(trace: Trace, cases: Sequence[str], with_images: bool = False) 
     }
 
 
+def is_fit(trace: Record) -> bool:
+    """Whether a network was fitted from nothing: there are steps, and no layer of a prior that could have moved."""
+    return bool(trace["steps"]) and not trace["movement"]
+
+
 def choose_steps(trace: Trace) -> list[int]:
     """Returns the steps whose images are worth a panel: evenly spread, with the first, last and chosen one."""
     seen = [i for i, step in enumerate(trace.steps) if step.image is not None]
@@ -76,12 +81,14 @@ def describe_trace(trace: Record) -> str:
     """Says in words how the prior was adapted, as a caption."""
     num_cases = len(trace["cases"])
     shared = f", shared by {num_cases} slices" if num_cases > 1 else ""
-    moved = ", ".join(f"{name} ({_percent(value)})" for name, value in _furthest(trace["movement"])[:3])
+    furthest = ", ".join(f"{name} ({_percent(value)})" for name, value in _furthest(trace["movement"])[:3])
     adapted = trace["num_trainable"] > 0 and len(trace["steps"]) > 0
+    fitted = is_fit(trace)
+    moved = f"what moved most, relative to its weights: {furthest}" if furthest else "no layer moved"
     return _sentences(
-        f"{trace['num_trainable']:,} parameters adapted{shared}" if adapted else "",
+        f"{trace['num_trainable']:,} parameters {'fitted' if fitted else 'adapted'}{shared}" if adapted else "",
         _outcome(trace),
-        f"what moved most, relative to its weights: {moved}" if moved else "no layer moved" if adapted else "",
+        moved if furthest or (adapted and not fitted) else "",
         f"the estimates on the way are of {_owner(trace)}" if num_cases > 1 and trace["steps"] else "",
         trace["verdict"],
     )
@@ -98,6 +105,8 @@ def adaptation_figure(
 ) -> Path:
     """Losses along the steps and the movement of every layer; below, the estimates on the way.
 
+    Of a network that was fitted, and not adapted, there are losses alone.
+
     Args:
         path: PNG, written atomically.
         trace: As of `encode_trace`.
@@ -112,8 +121,11 @@ def adaptation_figure(
     shown = list(trace.get("shown", ())) if images is not None else []
     num_rows = 1 + math.ceil(len(shown) / NUM_COLUMNS)
     sheet = AdaptationSheet(num_rows, NUM_COLUMNS, (1, 1) if images is None else images.shape[-2:], title, subtitle)
-    sheet.losses(trace)
-    sheet.movement(trace)
+    if is_fit(trace):
+        sheet.losses(trace, width=4)
+    else:
+        sheet.losses(trace)
+        sheet.movement(trace)
     if images is not None and shown:
         window = choose_windows(images[-1], intensity)[0]
         owner = f"estimates of {_owner(trace)}" if len(trace["cases"]) > 1 else "estimates"
@@ -127,14 +139,14 @@ def adaptation_figure(
 
 
 class AdaptationSheet(Sheet):
-    """A sheet whose first row holds two plots, each two panels wide."""
+    """A sheet whose first row holds two plots, each two panels wide, or one of four."""
 
-    def losses(self, trace: Record) -> None:
+    def losses(self, trace: Record, width: int = 2) -> None:
         """Data and held-out loss along the steps, with a mark and a line of words where it stopped."""
         from matplotlib.ticker import NullLocator
 
         steps, stopped = trace["steps"], trace["stopped_at"]
-        axes = self._plot(0, "loss along the way", left=0.34, bottom=0.64)
+        axes = self._plot(0, "loss along the way", left=0.34, bottom=0.64, columns=width)
         curves = {"measurement": (DATA, "data_loss"), "held out": (ACCENT, "held_out_loss")}
         drawn = False
         for name, (colour, key) in curves.items():
@@ -144,7 +156,7 @@ class AdaptationSheet(Sheet):
                 axes.plot(*zip(*points, strict=True), color=colour, lw=1.3, marker="o", ms=size, label=name)
                 drawn = True
         words = _sentences(_outcome(trace), trace["verdict"])
-        lines = textwrap.wrap(words, 90)
+        lines = textwrap.wrap(words, 45 * width)
         for k, line in enumerate(lines[:3]):
             more = " …" if k == 2 and len(lines) > 3 else ""
             self._text(LEFT + 0.34, TOP + self.panel_height - 0.34 + 0.14 * k, line + more, size=6.5, color=TEXT)
@@ -159,9 +171,10 @@ class AdaptationSheet(Sheet):
         axes.yaxis.set_minor_locator(NullLocator())
         axes.grid(axis="y", color=GRID, linewidth=0.5)
         axes.set_xlim(-0.5, len(steps) - 0.5)
-        places = sorted({round(k * (len(steps) - 1) / 7) for k in range(8)}) if len(steps) > 8 else range(len(steps))
+        num, last = 4 * width, len(steps) - 1
+        places = sorted({round(k * last / (num - 1)) for k in range(num)}) if last >= num else range(len(steps))
         longest = max(len(steps[i]["name"]) for i in places)
-        places = list(places)[:: max(1, math.ceil(longest * len(places) / 84))]  # so that the names stay apart
+        places = list(places)[:: max(1, math.ceil(longest * len(places) / (42 * width)))]  # so that names stay apart
         axes.set_xticks(places, [steps[i]["name"] for i in places])
         if 0 <= stopped < len(steps):
             axes.axvline(stopped, color=TEXT, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
@@ -190,9 +203,9 @@ class AdaptationSheet(Sheet):
         axes.set_xlim(0, 1.16)
         axes.set_ylim(max(len(top), 8) - 0.5, -0.5)
 
-    def _plot(self, column: int, title: str, left: float, bottom: float) -> Any:
-        """Axes over two columns of the first row, with margins in inches."""
-        width = 2 * PANEL + GAP
+    def _plot(self, column: int, title: str, left: float, bottom: float, columns: int = 2) -> Any:
+        """Axes over columns of the first row, with margins in inches."""
+        width = columns * (PANEL + GAP) - GAP
         x, y = LEFT + column * (PANEL + GAP), self.height - TOP - self.panel_height
         self._text(x + width / 2, TOP - 0.13, "\u200a".join(title.upper()), size=7.5, color=TEXT, ha="center")
         gutter = 0.12

@@ -80,6 +80,7 @@ def write_report(
     notes: Sequence[str] | None = None,
     comparisons: Sequence[Comparison] = (),
     adaptation: Sequence[Figure] = (),
+    adaptation_heading: str = "Adaptation",
     intensity: Intensity = HOUNSFIELD,
 ) -> Path:
     """Writes the page.
@@ -100,7 +101,8 @@ def write_report(
         command: The command that made the run.
         notes: What a reader has to know to not misread the numbers; by default the notes that fit `rows`.
         comparisons: Slices to compare under a slider.
-        adaptation: How the prior was adapted to each case, under a heading of their own.
+        adaptation: How the prior was adapted, or a network fitted, to each case.
+        adaptation_heading: What these stand under.
         intensity: The scale of the metrics.
 
     Returns:
@@ -118,7 +120,7 @@ def write_report(
         _section("Summary", _summary_table(summary) if summary else ""),
         _section("Compare", _comparisons(comparisons)),
         _section("Figures", "".join(_figure(f) for f in entries)),
-        _section("Adaptation", "".join(_figure(f) for f in adaptation)),
+        _section(adaptation_heading, "".join(_figure(f) for f in adaptation)),
         _section("Every slice", _rows_table(rows) if rows else ""),
         _section("How to read this", _list(notes)),
         _section("To make it again", _details("Command", command) + _details("Configuration", config_text)),

@@ -15,7 +15,7 @@ from invrecon.data.intensity import Intensity
 from invrecon.data.kspace import MAGNITUDE
 from invrecon.files import atomic_write, write_csv, write_json
 from invrecon.metrics.summary import ADAPTATION_METRICS, METRICS, format_table
-from invrecon.report.adaptation import adaptation_figure, describe_trace, encode_trace, step_images
+from invrecon.report.adaptation import adaptation_figure, describe_trace, encode_trace, is_fit, step_images
 from invrecon.report.complex import as_magnitudes, case_intensity, is_complex, stored_maps, view, volume_rows
 from invrecon.report.provenance import file_identity, fingerprint, provenance
 from invrecon.report.store import Part, PredictionStore, remove_leftovers, write_metrics, write_traces
@@ -222,7 +222,7 @@ class ResultWriter(lightning.Callback):
             title = f"{part.case}, slice {part.index}"
             if not path.exists():
                 images = part.arrays.get("steps")
-                names = {"title": f"{title}: adaptation", "subtitle": pl_module.label}
+                names = {"title": f"{title}: {'fit' if is_fit(trace) else 'adaptation'}", "subtitle": pl_module.label}
                 scale = case_intensity(intensity, float(part.row.get("scale", 1.0)))
                 adaptation_figure(path, trace, images, intensity=scale, **names)
             captions[path] = f"{title}: {describe_trace(trace)}"
@@ -278,6 +278,7 @@ class ResultWriter(lightning.Callback):
             command=self.store.provenance["command"],
             comparisons=comparisons,
             adaptation=[Figure(path, caption) for path, caption in adapted.items()],
+            adaptation_heading="Fit" if any(is_fit(trace) for trace in self.store.traces().values()) else "Adaptation",
             intensity=intensity,
         )
 

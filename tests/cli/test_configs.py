@@ -207,6 +207,17 @@ def test_reconstruction_configs(
     assert not files_in(here)
 
 
+def test_a_fit_has_a_figure_of_its_losses(
+    invrecon: Callable[..., Any], library: Path, here: Path, tmp_path: Path
+) -> None:
+    more = [option.format(library) for option in RECONSTRUCTION["dip_ct"]]
+    data = (library / "scans" / "a.h5", tmp_path / "out", "--model.num_figures=1")
+    invrecon(reconstruct("predict", "dip_ct.yaml", *data, *more))
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<h2>Fit</h2>" in page and "<h2>Adaptation</h2>" not in page
+    assert any(name.endswith("_adaptation.png") for name in files_in(tmp_path / "out" / "figures"))
+
+
 @pytest.mark.parametrize(
     ("operator", "shape"),
     [

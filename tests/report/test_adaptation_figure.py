@@ -11,7 +11,14 @@ from PIL import Image
 from invrecon.adapt.base import Step, Trace
 from invrecon.files import to_json
 from invrecon.report import adaptation, sheet
-from invrecon.report.adaptation import adaptation_figure, choose_steps, describe_trace, encode_trace, step_images
+from invrecon.report.adaptation import (
+    adaptation_figure,
+    choose_steps,
+    describe_trace,
+    encode_trace,
+    is_fit,
+    step_images,
+)
 
 
 def make_trace(num_steps: int = 4, with_images: bool = True, **changes) -> Trace:
@@ -69,6 +76,17 @@ def test_it_says_where_it_stopped_and_what_moved(monkeypatch, tmp_path):
     ):
         assert expected in words
     assert "encoder.25" not in words
+
+
+def test_a_fit_has_losses_alone(monkeypatch, tmp_path):
+    steps = [Step(f"iteration {1 + 25 * k}", None, 2.0**-k, 1.5 * 2.0**-k) for k in range(12)]
+    trace = Trace(steps, stopped_at=5, reason="of 276 iterations, by HeldOutStop")
+    words = texts_of(monkeypatch, tmp_path, trace)
+    assert "LOSS ALONG THE WAY" in words and "MOVEMENT" not in words and "no layer" not in words
+    assert "iteration 276" in words and "held out" in words
+    record = encode_trace(trace, ["lung/0003"])
+    assert is_fit(record) and not is_fit(encode_trace(make_trace(), ["lung/0003"]))
+    assert describe_trace(record) == "The result is that of “iteration 126” (of 276 iterations, by HeldOutStop)."
 
 
 @pytest.mark.parametrize(
