@@ -5,7 +5,7 @@ A file here is known by the names of its classes, listed below (for type checker
 
 from invrecon.discovery import export_classes
 from invrecon.operators.base import LinearOperator, conjugate_gradient
-from invrecon.operators.blur import Blur, CircularBlur, GaussianBlur, UniformBlur
+from invrecon.operators.blur import Blur, CircularBlur, GaussianBlur, MotionBlur, UniformBlur
 from invrecon.operators.coils import (
     CoilMaps,
     ESPIRiT,
@@ -68,6 +68,7 @@ __all__ = [
     "LinearOperator",
     "LowResolutionMaps",
     "MagicLines",
+    "MotionBlur",
     "NoNoise",
     "NoiseModel",
     "NonCartesianMRI",

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as nnf
 from torch import Tensor
 
 from invrecon.errors import InputError
 from invrecon.operators.base import LinearOperator
-from invrecon.operators.separable import Boundary, SeparableOperator, band_matrix
+from invrecon.operators.separable import Boundary, SeparableOperator, band_matrix, mirror
 from invrecon.operators.spectral import Exact, SpectralOperator, Spectrum, image_size
+from invrecon.rng import make_generator
 
 Kernel = Sequence[Sequence[float]] | Tensor
 
@@ -94,7 +97,7 @@ class GaussianBlur(_SeparableBlur):
 
 
 class Blur(LinearOperator):
-    """Convolution with any kernel, pixels outside the image zero: `y[i] = sum_j k[j] x[i - j + K//2]`.
+    """Convolution with any kernel: `y[i] = sum_j k[j] x[i - j + K//2]`, pixels outside zero unless reflected.
 
     By fast Fourier transforms on a grid wide enough that nothing wraps round. There is no singular system in closed
     form; `CircularBlur` has one.
@@ -103,37 +106,110 @@ class Blur(LinearOperator):
         kernel: `(K, L)`, used as it is: it should sum to 1.
         size: Side of the image in pixels, or (H, W).
         num_channels: Channels of the image, blurred alike.
+        boundary: 'zero' or 'reflect' (mirrored about the last pixel).
 
     Raises:
-        InputError: A kernel that is not a matrix of finite numbers, or a size below 1.
+        InputError: A kernel that is not a matrix of finite numbers, a size below 1 or an unknown boundary.
     """
 
-    def __init__(self, kernel: Kernel, size: int | tuple[int, int] = 256, num_channels: int = 1) -> None:
+    def __init__(
+        self,
+        kernel: Kernel,
+        size: int | tuple[int, int] = 256,
+        num_channels: int = 1,
+        boundary: Literal["zero", "reflect"] = "zero",
+    ) -> None:
         shape = image_size(size, num_channels, type(self).__name__)
+        if boundary not in ("zero", "reflect"):
+            raise InputError(f"{type(self).__name__}: the boundary must be 'zero' or 'reflect', got '{boundary}'.")
         super().__init__(shape, shape)
         matrix = _kernel_matrix(kernel, type(self).__name__)
-        rows, columns = matrix.shape
-        self._grid = (shape[1] + rows // 2, shape[2] + columns // 2)
+        self._margin = (matrix.shape[0] // 2, matrix.shape[1] // 2)
+        # Mirrors show as much of the image on each side as the kernel reaches.
+        self._sides = 2 if boundary == "reflect" else 1
+        self._grid = tuple(n + self._sides * margin for n, margin in zip(shape[1:], self._margin, strict=True))
         self._transfer = Exact(_transfer(matrix, self._grid))
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the blurred images, `(B, C, H, W)`."""
         self._check(x, self.image_shape, "images")
-        return self._filter(x, self._transfer.to(x))
+        if self._sides == 1:
+            return self._crop(self._filter(x, self._transfer.to(x)), (0, 0))
+        for axis, index in self._mirrored(x.device):
+            x = x.index_select(axis, index)
+        return self._crop(self._filter(x, self._transfer.to(x)), self._margin)
 
     def adjoint(self, y: Tensor) -> Tensor:
-        """Returns the correlation with the kernel, `(B, C, H, W)`."""
+        """Returns the correlation with the kernel, `(B, C, H, W)`; what fell on a mirror comes back."""
         self._check(y, self.measurement_shape, "measurements")
-        return self._filter(y, self._transfer.to(y).conj())
+        transfer = self._transfer.to(y).conj()
+        if self._sides == 1:
+            return self._crop(self._filter(y, transfer), (0, 0))
+        above, left = self._margin  # as much as below and on the right
+        x = self._filter(nnf.pad(y, (left, left, above, above)), transfer)
+        for axis, index in self._mirrored(y.device):
+            shape = list(x.shape)
+            shape[axis] = self.image_shape[axis]
+            x = x.new_zeros(shape).index_add(axis, index, x)
+        return x
 
     def baseline(self, y: Tensor) -> Tensor:
         """Returns `y`."""
         return y
 
     def _filter(self, x: Tensor, transfer: Tensor) -> Tensor:
+        """Returns the convolution on the whole grid."""
+        return torch.fft.irfft2(torch.fft.rfft2(x, s=self._grid) * transfer, s=self._grid)
+
+    def _crop(self, x: Tensor, start: tuple[int, int]) -> Tensor:
         _, height, width = self.image_shape
-        wide = torch.fft.irfft2(torch.fft.rfft2(x, s=self._grid) * transfer, s=self._grid)
-        return wide[..., :height, :width]
+        return x[..., start[0] : start[0] + height, start[1] : start[1] + width]
+
+    def _mirrored(self, device: torch.device) -> Iterator[tuple[int, Tensor]]:
+        """Yields the image's axes with the pixels that the grid shows along them."""
+        for axis in (-2, -1):
+            index = torch.arange(self._grid[axis], device=device) - self._margin[axis]
+            yield axis, mirror(index, self.image_shape[axis])
+
+
+class MotionBlur(Blur):
+    """Convolution with the path of a camera that was not held still, drawn at random: `kernel_size` pixels a side.
+
+    The camera walks a path of `kernel_size / 2` pixels at constant speed, its direction a random walk of its own;
+    the kernel is the time that it spent over each pixel, its mean in the middle.
+
+    Source: Boracchi & Foi, "Modeling the performance of image restoration from motion blur", IEEE TIP 21 (2012), for
+    paths of random direction; Chung et al., DPS, ICLR 2023, Section 4 (61 pixels, intensity 0.5), whose kernels are
+    those of another generator and so not these.
+
+    Args:
+        size: Side of the image in pixels, or (H, W).
+        kernel_size: Side of the kernel in pixels.
+        intensity: How much the path turns: 0 is a straight line, 1 a scrawl.
+        num_channels: Channels of the image, blurred alike.
+        boundary: 'zero' or 'reflect' (mirrored about the last pixel).
+        seed: Of the path.
+
+    Raises:
+        InputError: A size below 1, an intensity outside of [0, 1], or an unknown boundary.
+    """
+
+    def __init__(
+        self,
+        size: int | tuple[int, int] = 256,
+        kernel_size: int = 61,
+        intensity: float = 0.5,
+        num_channels: int = 1,
+        boundary: Literal["zero", "reflect"] = "zero",
+        seed: int = 0,
+    ) -> None:
+        _require_kernel(
+            kernel_size >= 1 and 0 <= intensity <= 1,
+            "MotionBlur: kernel_size must be at least 1 and intensity lie between 0 and 1, got "
+            f"{kernel_size} and {intensity}.",
+        )
+        generator = make_generator(seed, "MotionBlur")
+        super().__init__(motion_kernel(kernel_size, intensity, generator), size, num_channels, boundary)
 
 
 class CircularBlur(SpectralOperator):
@@ -211,6 +287,24 @@ class CircularSpectrum(Spectrum):
 
 def _hartley(frequencies: Tensor) -> Tensor:
     return frequencies.real - frequencies.imag
+
+
+def motion_kernel(kernel_size: int, intensity: float, generator: torch.Generator) -> Tensor:
+    """Returns a random path's kernel `(kernel_size, kernel_size)`, summing to 1; see `MotionBlur`."""
+    num = 16 * kernel_size
+    turns = torch.randn(num, generator=generator, dtype=torch.float64) * (2 * math.pi * intensity / math.sqrt(num))
+    turns[0] = 2 * math.pi * torch.rand((), generator=generator, dtype=torch.float64)  # the first direction
+    angle = turns.cumsum(0)
+    path = torch.stack((angle.sin(), angle.cos()), 1).cumsum(0) * (kernel_size / 2 / num)
+    place = (path - path.mean(0) + kernel_size // 2).clamp(0, kernel_size - 1)
+    corner = place.floor()
+    kernel = torch.zeros(kernel_size * kernel_size, dtype=torch.float64)
+    for offset in ((0, 0), (0, 1), (1, 0), (1, 1)):  # each moment is shared by the four pixels around it
+        pixel = corner + torch.tensor(offset, dtype=torch.float64)
+        share = (1 - (place - pixel).abs()).clamp(min=0).prod(1)
+        row, column = pixel.clamp(max=kernel_size - 1).long().unbind(1)
+        kernel.index_add_(0, row * kernel_size + column, share)
+    return (kernel / kernel.sum()).reshape(kernel_size, kernel_size)
 
 
 def _toeplitz(taps: Tensor, size: int, boundary: Boundary) -> Tensor:

@@ -80,6 +80,20 @@ class KroneckerSpectrum(Spectrum):
         return self._u1 @ c.unflatten(1, self.image_shape) @ self._u2.mT
 
 
+def mirror(indices: Tensor, size: int, repeated: bool = False) -> Tensor:
+    """Returns the pixels of `[0, size)` that are seen at any indices between two mirrors at an image's ends.
+
+    Args:
+        indices: Of any sign and size.
+        size: Number of pixels.
+        repeated: Whether the mirrors stand at the outer edges of the last pixels (which are so repeated), or in their
+            middles.
+    """
+    period = max(2 * (size - 1 + repeated), 1)
+    indices = indices % period
+    return torch.minimum(indices, period - int(repeated) - indices)
+
+
 def band_matrix(indices: Tensor, weights: Tensor, size: int, boundary: Boundary) -> Tensor:
     """Returns the `(M, size)` matrix that sums `weights` times the pixels at `indices`, row by row, in float64.
 
@@ -95,10 +109,7 @@ def band_matrix(indices: Tensor, weights: Tensor, size: int, boundary: Boundary)
         weights = torch.where((indices >= 0) & (indices < size), weights, 0.0)
         indices = indices.clamp(0, size - 1)
     else:
-        repeated = int(boundary == "symmetric")
-        period = max(2 * (size - 1 + repeated), 1)
-        indices = indices % period
-        indices = torch.minimum(indices, period - repeated - indices)
+        indices = mirror(indices, size, boundary == "symmetric")
     matrix = torch.zeros(len(indices), size, dtype=torch.float64)
     return matrix.scatter_add_(1, indices, weights)
 

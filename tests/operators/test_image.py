@@ -23,9 +23,12 @@ from invrecon.operators import (
     GaussianBlur,
     Inpainting,
     LinearOperator,
+    MotionBlur,
     RandomInpainting,
     UniformBlur,
 )
+from invrecon.operators.blur import motion_kernel
+from invrecon.rng import make_generator
 from tests.operators.battery import CHECKS, dot_product_mismatch, images, measurements, relative_error
 
 KERNEL = torch.rand(4, 3, generator=torch.Generator().manual_seed(0)) / 6
@@ -41,6 +44,10 @@ MAKERS = {
     "gaussian": lambda: GaussianBlur(size=(9, 8), kernel_size=5, std=0.7, num_channels=2),
     "blur": lambda: Blur(KERNEL, size=(7, 8), num_channels=2),
     "blur-wide": lambda: Blur(torch.eye(9) / 9 + torch.rand(9, 9) / 81, size=(4, 5)),
+    "blur-reflect": lambda: Blur(KERNEL, size=(7, 6), num_channels=2, boundary="reflect"),
+    "blur-reflect-wide": lambda: Blur(torch.rand(9, 8) / 72, size=(4, 5), boundary="reflect"),
+    "motion": lambda: MotionBlur(size=(9, 8), kernel_size=7, num_channels=3),
+    "motion-pixel": lambda: MotionBlur(size=1, kernel_size=5, boundary="reflect"),
     "circular": lambda: CircularBlur(KERNEL, size=(7, 8), num_channels=3),
     "circular-even": lambda: CircularBlur(KERNEL, size=6),
     "circular-wrapped": lambda: CircularBlur(torch.eye(9) / 9 + 0.1, size=(4, 5)),
@@ -118,11 +125,37 @@ def test_named_blurs_are_scipy_filters(boundary, mode):
     np.testing.assert_allclose(operator(x)[0, 0], expected, atol=1e-12)
 
 
-def test_separable_and_general_blur_agree():
-    separable = UniformBlur((9, 8), 5).double()
-    general = Blur(torch.full((5, 5), 1 / 25, dtype=torch.float64), (9, 8)).double()
+@pytest.mark.parametrize("boundary", ["zero", "reflect"])
+@pytest.mark.parametrize("side", [5, 4, 23])
+def test_separable_and_general_blur_agree(side, boundary):
+    separable = UniformBlur((9, 8), side, boundary=boundary).double()
+    general = Blur(torch.full((side, side), side**-2.0, dtype=torch.float64), (9, 8), boundary=boundary).double()
     x = images(separable)
     torch.testing.assert_close(separable(x), general(x))
+
+
+@pytest.mark.parametrize("kernel_size", [1, 2, 15, 61])
+def test_motion_is_a_path(kernel_size):
+    """It lasts as long everywhere, stays inside, and straight it is a line of half the kernel's side."""
+    places = torch.arange(kernel_size, dtype=torch.float64)
+    for intensity in (0.0, 0.5, 1.0):
+        kernels = [motion_kernel(kernel_size, intensity, make_generator(seed, "path")) for seed in range(20)]
+        for kernel in kernels:
+            assert kernel.shape == (kernel_size, kernel_size) and float(kernel.min()) >= 0
+            assert float(kernel.sum()) == pytest.approx(1, abs=1e-12)
+            centre = [float((kernel.sum(axis) * places).sum()) for axis in (1, 0)]
+            assert centre == pytest.approx([kernel_size // 2] * 2, abs=0.3)
+        if intensity == 0 and kernel_size > 9:
+            spreads = [sum(float((k.sum(a) * (places - kernel_size // 2) ** 2).sum()) for a in (1, 0)) for k in kernels]
+            assert spreads == pytest.approx([(kernel_size / 2) ** 2 / 12] * 20, rel=0.1)
+    if kernel_size > 9:
+        assert not torch.equal(*kernels[:2])
+
+
+def test_the_seed_is_the_path():
+    x = images(MotionBlur(16))
+    assert torch.equal(MotionBlur(16, seed=3)(x), MotionBlur(16, seed=3)(x))
+    assert not torch.allclose(MotionBlur(16, seed=3)(x), MotionBlur(16, seed=4)(x))
 
 
 @pytest.mark.parametrize("factor", [2, 3, 4])
@@ -202,6 +235,8 @@ def test_masks_are_what_they_say():
         (lambda: UniformBlur(8, boundary="wrap"), "boundary"),
         (lambda: GaussianBlur(8, 3, 0.0), "std"),
         (lambda: Blur([1.0, 2.0], 8), "matrix"),
+        (lambda: Blur([[1.0]], 8, boundary="wrap"), "boundary"),
+        (lambda: MotionBlur(8, intensity=1.5), "intensity"),
         (lambda: CircularBlur([[math.nan]], 8), "finite"),
         (lambda: BlockDownsample(10, 4), "BicubicDownsample"),
         (lambda: BlockDownsample(8, 0), "factor"),
