@@ -3,7 +3,7 @@
     python -m benchmarks.methods --json methods.json [--methods DDS DPS] [--evaluations 10] [--threads 2]
 
 Every method of the package that needs a prior, by its name, with few levels, on one slice of 256 x 256 from 20 views
-(deblurring for methods that need singular values). A clock hangs on the network itself, on its forward and its backward
+(deblurring for methods that need singular values), or on several at once (`--slices 20,35,50,65 --batch-size 4`). A clock hangs on the network itself, on its forward and its backward
 passes: all else (cutting patches, operator, data step, noise) is outside. On a GPU it waits for what came before
 and in each pass. Contestants take turns. The aim is less than 10 % outside.
 """
@@ -137,7 +137,7 @@ def main(args: list[str] | None = None) -> None:
         raise InputError(f"There is no method {', '.join(sorted(unknown))}, expected some of {', '.join(known)}.")
     _common.weights_hash(options.prior)
     bench = Bench(_common.start(options, "methods"), options.size)
-    batch = _common.load_batches(HELD_OUT, options.slices, options.size, 1)[0]
+    batch = _common.load_batches(HELD_OUT, options.slices, options.size, options.batch_size)[0]
     contestants, left_out = {}, {}
     for name in options.methods:
         try:
