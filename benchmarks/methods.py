@@ -3,9 +3,10 @@
     python -m benchmarks.methods --json methods.json [--methods DDS DPS] [--evaluations 10] [--threads 2]
 
 Every method of the package that needs a prior, by its name, with few levels, on one slice of 256 x 256 from 20 views
-(deblurring for methods that need singular values), or on several at once (`--slices 20,35,50,65 --batch-size 4`). A clock hangs on the network itself, on its forward and its backward
-passes: all else (cutting patches, operator, data step, noise) is outside. On a GPU it waits for what came before
-and in each pass. Contestants take turns. The aim is less than 10 % outside.
+(deblurring for methods that need singular values), or on several at once (`--slices 20,35,50,65 --batch-size 4`). A
+clock hangs on the network itself, on its forward and its backward passes: all else (cutting patches, operator, data
+step, noise) is outside. On a GPU it waits for what came before and in each pass. Contestants take turns. The aim is
+less than 10 % outside.
 """
 
 from __future__ import annotations
