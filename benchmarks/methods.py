@@ -68,7 +68,7 @@ class Contestant:
         bench: Where it runs.
         method: What reconstructs.
         prior: The prior file, or the name of a shipped one.
-        batch: The slice.
+        batch: The slices.
     """
 
     def __init__(self, bench: Bench, method: Method, prior: str, batch: _common.CaseBatch) -> None:

@@ -35,6 +35,7 @@ class Case:
         maps: Coil sensitivities of MRI `(coils, H, W, 2)`, or None for one coil of sensitivity 1.
         mask: What was measured of k-space, `(H, W)`, or None.
         scale: What the stored values were divided by; 1 where the scale is that of the data module for all.
+        maximum: Largest value of the whole volume's reference that the file states, in its own units, or None.
     """
 
     id: str
@@ -49,6 +50,7 @@ class Case:
     maps: Tensor | None = None
     mask: Tensor | None = None
     scale: float = 1.0
+    maximum: float | None = None
 
 
 @dataclass
@@ -68,6 +70,7 @@ class CaseBatch:
         maps: `(B, coils, H, W, 2)` or None.
         mask: `(B, H, W)` or None.
         scale: As in `Case`, a list; empty is 1 for all.
+        maximum: As in `Case`, a list; empty is None for all.
     """
 
     id: list[str]
@@ -82,6 +85,7 @@ class CaseBatch:
     maps: Tensor | None = None
     mask: Tensor | None = None
     scale: Sequence[float] = ()
+    maximum: Sequence[float | None] = ()
 
     def __len__(self) -> int:
         return len(self.id)
@@ -127,4 +131,5 @@ def collate_cases(cases: Sequence[Case]) -> CaseBatch:
         maps=stack("maps"),
         mask=stack("mask"),
         scale=[case.scale for case in cases],
+        maximum=[case.maximum for case in cases],
     )

@@ -48,6 +48,9 @@ class FastMRIFile(KSpace):
             header = file["ismrmrd_header"][()]
             self.noise_std = read_noise_std(path, {**file.attrs, **stored.attrs}, shape[1])
             self.noise_covariance = read_noise_covariance(path, file, shape[1])
+            largest = np.asarray(file.attrs.get("max", 0.0))
+        if largest.shape == () and largest.dtype.kind in "fiu" and np.isfinite(largest) and largest > 0:
+            self.maximum = float(largest)
         self._finish(shape)
         try:
             self.metadata, _ = fastmri_slices()._retrieve_metadata(path)
@@ -82,17 +85,6 @@ def fastmri_slices() -> SliceDataset:
             self.raw_samples: list[Any] = []
 
     return OneFile()
-
-
-def stated_maximum(path: Path) -> float | None:
-    """Returns the attribute `max` of a fastMRI file, the largest value of its reference; None without a usable one."""
-    try:
-        with open_hdf5(path) as file:
-            value = np.asarray(file.attrs.get("max", 0.0) if "kspace" in file else 0.0)
-    except InputError:  # it is no HDF5, or was moved after the reconstruction
-        return None
-    usable = value.shape == () and value.dtype.kind in "fiu" and np.isfinite(value) and value > 0
-    return float(value) if usable else None
 
 
 def header_values(header: bytes | str, space: str, entry: str) -> tuple[float, float, float]:

@@ -37,6 +37,8 @@ class KSpace(ABC):
         noise_std: Standard deviation of real and imaginary parts that the file states, `()` or `(coils,)`, or None.
         noise_covariance: Covariance of the coils' noise that the file states, `(coils, coils, 2)` per real component
             (`invrecon.operators.noise_covariance`), or None.
+        maximum: Largest value of the reference in all slices (the root sum of squares of fully sampled coils), as
+            fastMRI's files state it in `max`; None if the file does not.
         patient: The patient's identity; the file's stem if it does not say.
     """
 
@@ -47,6 +49,7 @@ class KSpace(ABC):
     voxel_mm: VoxelSize | None = None
     noise_std: Tensor | None = None
     noise_covariance: Tensor | None = None
+    maximum: float | None = None
     patient: str
 
     def __len__(self) -> int:

@@ -138,6 +138,7 @@ class MRIData(ReconstructionData):
             maps=maps,
             mask=mask,
             scale=scale,
+            maximum=file.maximum if covariance is None else None,  # coils that were mixed have another one
         )
 
     def _imaged(self, file: Volume, index: int, name: str) -> Case:

@@ -7,6 +7,7 @@ with the prior's signature, so the sampling loop cannot tell the two apart. Weig
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from invrecon.errors import InputError
 from invrecon.methods.base import norm_per_sample, per_sample
+from invrecon.methods.transitions import PriorNoise, Transition
 
 if TYPE_CHECKING:
     from invrecon.methods.schedule import Schedule
@@ -58,6 +60,15 @@ class Conditioning(ABC):
     """
 
     num_evaluations: int = 1
+
+    def along(self, schedule: Schedule, transition: Transition) -> Conditioning:
+        """Returns the conditioning for a run over these levels: itself, unless its weights depend on the step.
+
+        Args:
+            schedule: The levels that will be visited.
+            transition: What leads from one to the next.
+        """
+        return self
 
     @abstractmethod
     def __call__(self, prior: DifferentiableDenoiser, operator: LinearOperator, y: Tensor) -> Denoiser:
@@ -214,15 +225,24 @@ class NormalisedGuidance(DPSConditioning):
     likelihood `p(y | D)`: as the level falls the data lose weight against the prior, and their noise is not fitted.
     Where the noise differs between rays, rows are weighted first (`operator.whiten`).
 
+    Under a transition that adds all of `x0 - D` to the state (`PriorNoise`) the second weight is
+    `(sigma^2 - sigma'^2) / sigma_y^2`, so that the steps of all levels add up as they should.
+
     Args:
         strength: Weight of the gradient, in units of `1 / ||A||^2`.
-        schedule: The levels of a transition that adds all of `x0 - D` to its state (`PriorNoise`): the second weight is
-            then `(sigma^2 - sigma'^2) / sigma_y^2`, so that the steps of all levels add up as they should.
     """
 
-    def __init__(self, strength: float, schedule: Schedule | None = None) -> None:
+    def __init__(self, strength: float) -> None:
         super().__init__(strength)
-        self._released = {} if schedule is None else {sigma: sigma**2 - after**2 for sigma, after in schedule.steps()}
+        self._released: dict[float, float] | None = None  # `sigma^2 - sigma'^2` by level; None is `sigma^2`
+
+    def along(self, schedule: Schedule, transition: Transition) -> NormalisedGuidance:
+        """Returns the guidance for a run over these levels."""
+        if not isinstance(transition, PriorNoise):
+            return self
+        clone = copy.copy(self)
+        clone._released = {sigma: sigma**2 - after**2 for sigma, after in schedule.steps()}
+        return clone
 
     def __call__(self, prior: DifferentiableDenoiser, operator: LinearOperator, y: Tensor) -> Denoiser:
         """Returns the guided denoiser."""
@@ -232,7 +252,7 @@ class NormalisedGuidance(DPSConditioning):
         noise, squared_norm = std, operator.norm() ** 2
 
         def strength_at(x: Tensor, sigma: float | Tensor) -> Tensor:
-            variance = sigma**2 if isinstance(sigma, Tensor) else self._released.get(sigma, sigma**2)
+            variance = sigma**2 if self._released is None else self._released[float(sigma)]
             likelihood = variance * squared_norm / noise.to(x) ** 2
             return per_sample(likelihood.clamp(max=self.strength).expand(x.shape[0]), x)
 

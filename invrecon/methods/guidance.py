@@ -172,10 +172,9 @@ class DPSNormalised(Sampler):
         samples_per_batch: int | None = None,
         clip: tuple[float, float] | None = (0.0, 1.0),
     ) -> None:
-        schedule = VPSchedule(num_levels, sigma_max, sigma_min)
         super().__init__(
-            schedule,
-            NormalisedGuidance(zeta, schedule),
+            VPSchedule(num_levels, sigma_max, sigma_min),
+            NormalisedGuidance(zeta),
             PriorNoise(DDIM(eta=1.0)),
             start,
             num_samples,

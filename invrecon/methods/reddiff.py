@@ -39,8 +39,8 @@ class REDDiff(Method):
     The second term is the published `w(sigma) (eps_theta - eps)` with the weight `w = weight sigma`, the inverse root
     of the signal-to-noise ratio. Adam does not see a common factor of both: what counts is their ratio, which the
     division by `||A||^2` makes one for all operators. Data with noise count by their likelihood as soon as that is
-    less, so that noise is not fitted; with `weight = 1` both gradients are then those of the posterior. Where the noise
-    differs between rays, rows are weighted first.
+    less: with `weight = 1` both gradients are then those of the posterior, with a quarter the data count as if their
+    noise had half its standard deviation. Where the noise differs between rays, rows are weighted first.
 
     One evaluation a level (1000), two operator calls; no gradient through the network. Asks of the operator its
     adjoint and a direct inverse for the start, of the prior nothing but `D`. An estimator: one image, no samples.

@@ -203,7 +203,7 @@ class Sampler(Method):
         self, y: Tensor, operator: LinearOperator, prior: CountingPrior, generators: Sequence[torch.Generator]
     ) -> Tensor:
         x = self.start(y, operator, self.schedule.sigma_max, generators)
-        denoise = self.conditioning(prior, operator, y)
+        denoise = self.conditioning.along(self.schedule, self.transition)(prior, operator, y)
         transition = self.transition.bind(prior.last, operator, y)
         x = diffuse(x, denoise, self.schedule, transition, generators)
         return x if self.clip is None else x.clamp(*self.clip)

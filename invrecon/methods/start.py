@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from invrecon.operators.base import LinearOperator
 
 
-LEAST_NOISE = 1.0  # a first level that hides an image of intensity 1
+LEAST_NOISE = 1.0  # below an image's own intensity noise surely does not hide that there is none
 
 
 class Start(ABC):
@@ -32,7 +32,7 @@ class Start(ABC):
 
 
 class NoiseStart(Start):
-    """Pure noise, `x = sigma n`: right where `sigma` dwarfs the image, and with a warning where it does not."""
+    """Pure noise, `x = sigma n`: right where `sigma` dwarfs the image; below an image's own intensity it warns."""
 
     def __call__(
         self, y: Tensor, operator: LinearOperator, sigma: float, generators: Sequence[torch.Generator]
@@ -40,8 +40,9 @@ class NoiseStart(Start):
         """Returns `sigma n`."""
         if sigma < LEAST_NOISE:
             warnings.warn(
-                f"A method that starts from pure noise was given a first noise level of {sigma:g}, too low to hide an "
-                "image of intensity 1 that is not there: set --model.method.sigma_max, 10 is common.",
+                f"A method that starts from pure noise was given a first noise level of {sigma:g}, below the image's "
+                "own intensity of 1: it begins with an image of noise. Raise the first level (--model.method.sigma_max, "
+                "where the method has it; 10 is common), or start from an estimate (--model.method.start).",
                 stacklevel=2,
             )
         return sigma * randn(tuple(operator.image_shape), generators, y)

@@ -99,9 +99,9 @@ class ESPIRiT(CoilMaps):
     """
 
     def __init__(self, kernel_size: int = 6, threshold: float = 0.02, crop: float = 0.9, max_acs: int = 24) -> None:
-        if not 1 <= kernel_size <= max_acs:
+        if not 1 <= kernel_size <= max_acs - 2:
             raise InputError(
-                f"ESPIRiT needs 1 <= kernel_size <= max_acs, got {kernel_size} and {max_acs}; 6 and 24 are common."
+                f"ESPIRiT needs 1 <= kernel_size <= max_acs - 2, got {kernel_size} and {max_acs}; 6 and 24 are common."
             )
         if not 0 < threshold < 1 or not 0 <= crop < 1:
             raise InputError(f"ESPIRiT: threshold must lie in (0, 1) and crop in [0, 1), got {threshold} and {crop}.")
@@ -119,7 +119,7 @@ class ESPIRiT(CoilMaps):
                 "are blurred at edges. Sample more of the centre, or lower kernel_size.",
                 stacklevel=3,
             )
-            return LowResolutionMaps(max_acs=self.max_acs)._estimate(z, rows, columns)
+            return LowResolutionMaps(min(self.crop, 0.05), self.max_acs)._estimate(z, rows, columns)
         values, vectors = torch.linalg.eigh(self._matrices(self._projection(acs), size).to(z.dtype))
         maps = _fix_phase(vectors[..., -1].movedim(-1, 0), acs)
         return maps * (values[..., -1] >= self.crop)

@@ -178,10 +178,10 @@ class FixedLayout(Layout):
 
     def place(self, shape: tuple[int, int], patch_size: int, generators: Generators) -> Places:
         """Returns the places of `Layout.place`; those of the last call if it asked for the same."""
-        asked = (shape, patch_size, len(generators))
-        if self._last is None or self._last[0] != asked:
-            self._last = asked, super().place(shape, patch_size, generators)
-        return self._last[1]
+        asked, last = (shape, patch_size, len(generators)), self._last
+        if last is None or last[0] != asked:
+            self._last = last = asked, super().place(shape, patch_size, generators)
+        return last[1]
 
     @abstractmethod
     def grid(self, num: int, patch_size: int) -> Sequence[int]:

@@ -78,17 +78,16 @@ def step_images(trace: Trace, shown: Sequence[int]) -> Tensor:
 
 
 def describe_trace(trace: Record) -> str:
-    """Says in words how the prior was adapted, as a caption."""
+    """Says in words how the prior was adapted, or a network fitted, as a caption."""
     num_cases = len(trace["cases"])
     shared = f", shared by {num_cases} slices" if num_cases > 1 else ""
     furthest = ", ".join(f"{name} ({_percent(value)})" for name, value in _furthest(trace["movement"])[:3])
     adapted = trace["num_trainable"] > 0 and len(trace["steps"]) > 0
-    fitted = is_fit(trace)
     moved = f"what moved most, relative to its weights: {furthest}" if furthest else "no layer moved"
     return _sentences(
-        f"{trace['num_trainable']:,} parameters {'fitted' if fitted else 'adapted'}{shared}" if adapted else "",
+        f"{trace['num_trainable']:,} parameters adapted{shared}" if adapted else "",
         _outcome(trace),
-        moved if furthest or (adapted and not fitted) else "",
+        moved if furthest or adapted else "",
         f"the estimates on the way are of {_owner(trace)}" if num_cases > 1 and trace["steps"] else "",
         trace["verdict"],
     )

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from invrecon.data.fastmri_files import stated_maximum
 from invrecon.data.intensity import Intensity
 from invrecon.data.kspace import MAGNITUDE, crop
 from invrecon.metrics.mri import magnitude, phase, volume_metrics
@@ -69,7 +67,8 @@ def view(part: Part, intensity: Intensity) -> tuple[tuple[Window, ...] | None, I
 def volume_rows(store: PredictionStore) -> list[dict[str, Any]]:
     """Returns fastMRI's metrics of each case whose slices all came with a reference.
 
-    Their data range is the largest value of the reference, or what a file of fastMRI says of all of its slices (`max`).
+    Their data range is the largest value of these references; or what a file of fastMRI says of the reference of all of
+    its slices (`max`), which is a root sum of squares where ours is the combination of coils by their maps.
     """
     cases: dict[str, list[str]] = {}
     for name in store.ids():
@@ -77,16 +76,14 @@ def volume_rows(store: PredictionStore) -> list[dict[str, Any]]:
     rows = []
     for case, names in cases.items():
         pairs: list[tuple[Tensor, Tensor]] = []
-        sources = set()
+        maximum = None
         for name in names:
             part = store.read(name)
-            arrays = part.arrays
-            sources.add(part.source)
+            arrays, maximum = part.arrays, part.row.get("max")
             if "reference" in arrays:
                 pairs.append((torch.from_numpy(arrays["reference"]), torch.from_numpy(arrays["mean"])))
         if len(pairs) == len(names):
             target, estimate = (torch.stack(images) for images in zip(*pairs, strict=True))
-            maximum = stated_maximum(Path(sources.pop()))
             metrics = volume_metrics(target, estimate, maximum)
             rows.append({"case": case, "num_slices": len(names), "max": maximum or float(target.max()), **metrics})
     return rows

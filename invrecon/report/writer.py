@@ -168,7 +168,8 @@ class ResultWriter(lightning.Callback):
         adapted = self._draw_adaptations(parts, traces, pl_module, trainer.datamodule.intensity)  # type: ignore[attr-defined]
         judged = self._write_volumes(trainer, summary)
         volumes = self.store.assemble()
-        self._write_page(parts, rows, summary, pl_module, trainer, adapted, judged)
+        heading = "Fit" if any(is_fit(trace) for trace in traces.values()) else "Adaptation"
+        self._write_page(parts, rows, summary, pl_module, trainer, adapted, heading, judged)
         if any("psnr" in row for row in rows):
             print(_table(pl_module.label, summary))
         print(judged, end="")
@@ -236,6 +237,7 @@ class ResultWriter(lightning.Callback):
         pl_module: Any,
         trainer: Any,
         adapted: Mapping[Path, str],
+        heading: str,
         volumes: str,
     ) -> None:
         from invrecon.report.figures import choose_windows, image_png
@@ -278,7 +280,7 @@ class ResultWriter(lightning.Callback):
             command=self.store.provenance["command"],
             comparisons=comparisons,
             adaptation=[Figure(path, caption) for path, caption in adapted.items()],
-            adaptation_heading="Fit" if any(is_fit(trace) for trace in self.store.traces().values()) else "Adaptation",
+            adaptation_heading=heading,
             intensity=intensity,
         )
 

@@ -238,6 +238,8 @@ class Reconstruction(lightning.LightningModule):
             if isinstance(operator, CartesianMRI):  # along a trajectory the mask is of no account
                 columns["acceleration"] = [round(value, 4) for value in achieved_acceleration(batch.mask).tolist()]
             columns["scale"] = list(batch.scale)
+            if reference is not None and any(batch.maximum):
+                columns["max"] = list(batch.maximum)
         for name in ("relative_residual", "num_evaluations", "num_operator_calls", "num_iterations", "kept_iteration"):
             value = estimate.stats.get(name)
             if value is not None:

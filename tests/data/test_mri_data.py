@@ -173,6 +173,9 @@ def test_coils_whose_noise_is_known_are_whitened(truth: tuple[Tensor, Tensor], t
     identity = torch.view_as_real(torch.eye(COILS, dtype=torch.complex64))
     assert float((seen - identity).abs().max()) < 0.45 < 1 < float((other - identity).abs().max())
     assert raw.noise_std.numel() == COILS, "estimated coil by coil"
+    with h5py.File(path) as file:
+        assert raw.maximum == pytest.approx(float(file.attrs["max"]))
+    assert case.maximum is None, "the root sum of squares of mixed coils is another"
     for found in (case, raw):  # judged in units of their own, the whitened one by the whitened whole
         image = CartesianMRI(SIZE, maps=found.maps).adjoint(found.measurement[None])[0]
         assert float((image - found.reference).norm() / found.reference.norm()) < 0.7

@@ -19,8 +19,9 @@ from invrecon.methods.sampling import ProximalDiffusion
 from invrecon.operators import ParallelBeamCT
 from invrecon.priors.base import broadcast
 from invrecon.priors.patch import PatchPrior, WholePrior
-from invrecon.priors.thirdparty.convert import Options, convert, import_weights
+from invrecon.priors.thirdparty.convert import Options, _ask_for_heads, convert, import_weights
 from invrecon.priors.thirdparty.denoiser import FAMILIES, ImportedDenoiser
+from invrecon.priors.thirdparty.infer import Heads
 from invrecon.priors.thirdparty.layers import FilteredConv, Resample
 from invrecon.priors.thirdparty.preconditioning import PRECONDITIONINGS, ContinuousVP, Discrete
 from invrecon.priors.thirdparty.sources import Source
@@ -104,10 +105,26 @@ def test_what_shapes_do_not_say_is_asked_for() -> None:
         assert any(option in note for note in notes)
 
 
-def test_published_networks_need_no_number_of_heads() -> None:
-    wide = GUIDED | {"base_channels": 128, "stem_channels": 128, "multipliers": [0.5, 1]}
-    _, card, notes = convert(Source(foreign(network("guided-diffusion", wide))), Options(image_size=16))
-    assert card.network["head_channels"] == 64 and any("--head-channels" in note for note in notes)
+@pytest.mark.parametrize(
+    ("base", "multipliers", "resample", "known"),
+    [
+        (128, [1, 1, 2, 2, 4, 4], "block", True),  # FFHQ of DPS
+        (256, [1, 1, 2, 2, 4, 4], "block", True),  # ImageNet at 256 x 256, AAPM of DDS
+        (256, [1, 1, 2, 3, 4], "block", False),  # ImageNet at 128 x 128: four heads
+        (128, [1, 1, 2, 2, 4, 4], "conv", False),
+        (32, [1, 2], "block", False),
+    ],
+)
+def test_heads_are_known_of_published_shapes_alone(
+    base: int, multipliers: list[float], resample: str, known: bool
+) -> None:
+    found = {"base_channels": base, "multipliers": multipliers, "resample": resample, "head_channels": 64}
+    _ask_for_heads(found, Heads(num_heads=4))
+    if known:
+        _ask_for_heads(found, Heads())
+    else:
+        with pytest.raises(InputError, match="how many heads"):
+            _ask_for_heads(found, Heads())
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,8 @@ def _parser() -> _Parser:
         "--head-channels",
         type=_count,
         metavar="N",
-        help="channels of an attention head (default: 64 for DhariwalUNet and published networks of guided diffusion, "
-        "all for SongUNet)",
+        help="channels of an attention head (default: 64 for DhariwalUNet and for networks of guided diffusion of the "
+        "shape of a published one that has 64, all for SongUNet)",
     )
     heads.add_argument("--num-heads", type=_count, metavar="N", help="attention heads, instead")
     add("--new-attention-order", action="store_true", help="guided diffusion's use_new_attention_order")

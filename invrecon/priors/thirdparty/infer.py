@@ -17,7 +17,14 @@ from invrecon.errors import InputError
 
 Tensors = Mapping[str, Tensor]
 HEAD_CHANNELS = 64
-PUBLISHED_WIDTHS = (128, 192, 256)  # base channels of networks of guided diffusion whose heads have 64 channels
+# Base channels and multipliers of published networks of guided diffusion whose heads have 64 channels; others of the
+# same width (ImageNet at 128 x 128) have four heads.
+HEADS_OF_64 = (
+    (128, (1, 1, 2, 2, 4, 4)),
+    (192, (1, 2, 3, 4)),
+    (256, (1, 1, 2, 2, 4, 4)),
+    (256, (0.5, 1, 1, 2, 2, 4, 4)),
+)
 
 
 @dataclass
