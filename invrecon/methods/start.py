@@ -41,8 +41,8 @@ class NoiseStart(Start):
         if sigma < LEAST_NOISE:
             warnings.warn(
                 f"A method that starts from pure noise was given a first noise level of {sigma:g}, below the image's "
-                "own intensity of 1: it begins with an image of noise. Raise the first level (--model.method.sigma_max, "
-                "where the method has it; 10 is common), or start from an estimate (--model.method.start).",
+                "own intensity of 1: it begins with an image of noise. Raise the first level (--model.method.sigma_max "
+                "of methods that have it; 10 is common), or start from an estimate (--model.method.start).",
                 stacklevel=2,
             )
         return sigma * randn(tuple(operator.image_shape), generators, y)

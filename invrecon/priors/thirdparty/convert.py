@@ -204,7 +204,7 @@ def architecture(
 
 
 def _ask_for_heads(network: dict[str, Any], heads: infer.Heads) -> None:
-    """Refuses a network of guided diffusion whose heads are neither stated nor those of a published one of its shape."""
+    """Refuses a network of guided diffusion whose heads are not stated, nor known of a published one of its shape."""
     shape = (network["base_channels"], tuple(network["multipliers"]))
     known = network["resample"] == "block" and shape in infer.HEADS_OF_64
     if heads.head_channels is None and heads.num_heads is None and not known:
