@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -116,26 +117,33 @@ def _write(volume: Volume, target: Path, size: int) -> None:
         sidecar.unlink(missing_ok=True)  # it belonged to a file that was replaced
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m invrecon.data.convert", description="Convert scans into the HDF5 that invrecon reads."
-    )
+def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """Returns a parser of commands that make files of volumes."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("inputs", nargs="+", metavar="IN", help="files or folders: HDF5, NIfTI, NRRD, DICOM")
     parser.add_argument("output", metavar="OUT", help="an .h5 file for one volume, else a folder")
     parser.add_argument("--size", type=int, default=256, help="side of the slices in pixels (default 256)")
     parser.add_argument("--dataset", default="data", help="dataset name in HDF5 inputs (default 'data')")
     parser.add_argument("--force", action="store_true", help="replace existing files")
-    options = parser.parse_args(args)
+    return parser
+
+
+def report(write: Callable[[], list[Path]]) -> int:
+    """Writes files, prints their names or what was wrong, and returns the exit status."""
     try:
-        written = convert(
-            options.inputs, options.output, size=options.size, dataset=options.dataset, force=options.force
-        )
+        written = write()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print("\n".join(str(path) for path in written))
     return 0
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = make_parser("python -m invrecon.data.convert", "Convert scans into the HDF5 that invrecon reads.")
+    options = vars(parser.parse_args(args))
+    return report(partial(convert, options.pop("inputs"), options.pop("output"), **options))
 
 
 if __name__ == "__main__":

@@ -9,18 +9,18 @@ ours. Slices without signal (the air above a head) are left out, and said to be.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from invrecon.data.cases import Case
-from invrecon.data.convert import output_files
+from invrecon.data.convert import make_parser, output_files, report
 from invrecon.data.fastmri_files import write_fastmri
 from invrecon.data.kspace import image_kspace
 from invrecon.data.mri import MRIData, open_magnitudes
@@ -96,36 +96,15 @@ def _measure(case: Case, noise: SNRNoise | None, seed: int) -> Tensor:
 
 def main(args: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m invrecon.data.simulate", description="Make fastMRI files from magnitude volumes."
-    )
-    parser.add_argument("inputs", nargs="+", metavar="IN", help="files or folders: HDF5, NIfTI, NRRD, DICOM")
-    parser.add_argument("output", metavar="OUT", help="an .h5 file for one volume, else a folder")
-    parser.add_argument("--size", type=int, default=256, help="side of the images in pixels (default 256)")
-    parser.add_argument("--coils", type=int, default=8, help="simulated coils (default 8)")
+    parser = make_parser("python -m invrecon.data.simulate", "Make fastMRI files from magnitude volumes.")
+    parser.add_argument("--coils", type=int, default=8, dest="num_coils", help="simulated coils (default 8)")
     parser.add_argument("--snr", type=float, default=30.0, help="of k-space in dB (default 30); inf for no noise")
     parser.add_argument("--slices", help="'3', '1,4,9' or '10:90:5' (default all)")
     parser.add_argument("--seed", type=int, default=0, help="of phases, coils and noise (default 0)")
-    parser.add_argument("--dataset", default="data", help="dataset name in HDF5 inputs (default 'data')")
-    parser.add_argument("--force", action="store_true", help="replace existing files")
-    options = parser.parse_args(args)
-    try:
-        written = simulate(
-            options.inputs,
-            options.output,
-            size=options.size,
-            num_coils=options.coils,
-            snr=None if options.snr == float("inf") else options.snr,
-            slices=options.slices,
-            seed=options.seed,
-            dataset=options.dataset,
-            force=options.force,
-        )
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print("\n".join(str(path) for path in written))
-    return 0
+    options = vars(parser.parse_args(args))
+    if options["snr"] == math.inf:
+        options["snr"] = None
+    return report(partial(simulate, options.pop("inputs"), options.pop("output"), **options))
 
 
 if __name__ == "__main__":
