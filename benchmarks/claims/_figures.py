@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from invrecon.files import atomic_write
 from invrecon.report.sheet import ACCENT, BACKGROUND, DPI, MUTED, TEXT
 
 GRID, LOSS = "#262b34", "#8fd0ff"
+STRETCHED = 8.0  # rows that are further apart [dB] hide what is near zero
+TICKS = (1.0, 3.0, 10.0, 30.0, 100.0)
 Entry = Mapping[str, Any]
 
 
@@ -86,7 +89,9 @@ def rounds_figure(path: str | os.PathLike[str], settings: Mapping[str, Sequence[
 
 
 def dots_figure(path: str | os.PathLike[str], settings: Mapping[str, Mapping[str, Entry]], xlabel: str) -> Path:
-    """Draws a panel a setting: a dot with its interval a row, the same rows in the same order everywhere.
+    """Draws a panel a setting: a dot with its interval a row, the same rows in the same order everywhere, best first.
+
+    The axis is linear between -1 and 1 and logarithmic beyond, where rows are that far apart.
 
     Args:
         path: PNG, written atomically.
@@ -96,8 +101,14 @@ def dots_figure(path: str | os.PathLike[str], settings: Mapping[str, Mapping[str
     Returns:
         `path`.
     """
-    names = list(dict.fromkeys(name for rows in settings.values() for name in rows))
-    figure = dark_figure(2.2 + 2.6 * len(settings), 0.9 + 0.19 * len(names))
+    means: dict[str, list[float]] = {}
+    for rows in settings.values():
+        for name, entry in rows.items():
+            means.setdefault(name, []).append(entry["mean"])
+    names = sorted(means, key=lambda name: -fmean(means[name]))
+    spread = max(abs(value) for values in means.values() for value in values)
+    margin = 0.4 + 0.062 * max(map(len, names))  # of the rows' titles, in inches
+    figure = dark_figure(margin + 2.6 * len(settings), 0.9 + 0.19 * len(names))
     for index, (title, rows) in enumerate(settings.items()):
         axes = figure.add_subplot(1, len(settings), index + 1)
         style_axes(axes)
@@ -108,7 +119,15 @@ def dots_figure(path: str | os.PathLike[str], settings: Mapping[str, Mapping[str
         axes.axvline(0, color=MUTED, linewidth=0.7)
         axes.set_ylim(-0.6, len(names) - 0.4)
         axes.set_yticks(range(len(names)), names[::-1] if index == 0 else [""] * len(names))
-        axes.set_xlabel(xlabel, color=MUTED, fontsize=7.5)
+        if spread > STRETCHED:
+            axes.set_xscale("symlog", linthresh=1.0)
+            ticks = [tick for tick in TICKS if tick <= 2 * spread]
+            shown = [-tick for tick in ticks[::-1]] + [0.0, *ticks]
+            low, high = axes.get_xlim()
+            shown = [tick for tick in shown if low <= tick <= high]
+            axes.set_xticks(shown, [f"{tick:g}" for tick in shown])
+            axes.minorticks_off()
+    figure.supxlabel(xlabel, color=MUTED, fontsize=7.5)
     return save_figure(figure, path)
 
 
