@@ -24,6 +24,7 @@ from invrecon.methods import (
     Sampler,
     UnconditionalSampler,
 )
+from invrecon.operators import LinearOperator, SpectralOperator
 from invrecon.shared import find_shared, shared_folder
 
 COUNTS = ("num_levels", "num_iterations")  # what a method is made shorter by, the first that it has
@@ -119,6 +120,11 @@ def _reach_floor(method: Method) -> None:
 def starts_from_noise(method: Method) -> bool:
     """Says whether a sampler begins with noise that dwarfs the image, and would as well begin with an estimate."""
     return isinstance(method, Sampler) and type(method.start) is NoiseStart and not method.needs_spectrum
+
+
+def has_spectrum(operator: LinearOperator) -> bool:
+    """Says whether an operator's singular values are known."""
+    return isinstance(operator, SpectralOperator)
 
 
 def warm(method: Sampler, sigma: float) -> Sampler:

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from benchmarks import _common
 from benchmarks._common import Bench, Entry, Row, Setting
-from benchmarks._methods import find_methods, shorten, starts_from_noise, tune_weights, warm
+from benchmarks._methods import find_methods, has_spectrum, shorten, starts_from_noise, tune_weights, warm
 from benchmarks.claims._verdicts import difference
 from invrecon.data.cases import CaseBatch
 from invrecon.data.images import image_files
@@ -234,8 +234,11 @@ class Tables:
         return [row for batch in self.batches for row in self.bench.find(setting, entry, batch) or ()]
 
     def measure(self, setting: Setting, entries: Sequence[Entry]) -> None:
-        """Computes the rows that the record lacks."""
+        """Computes the rows that the record lacks; where there are no singular values, methods that need them have none."""
+        spectral = has_spectrum(self.bench.operator(setting))
         for entry in entries:
+            if entry.method.needs_spectrum and not spectral:
+                continue
             for batch in self.batches:
                 try:
                     self.bench.rows(setting, entry, batch)

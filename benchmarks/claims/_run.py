@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from benchmarks import _common, _machine
 from benchmarks._common import HELD_OUT, Bench, Entry, Row, Setting
+from benchmarks._methods import has_spectrum
 from benchmarks.claims._lessons import Lesson, School
 from benchmarks.claims._problems import PROBLEMS
 from benchmarks.claims._recipes import CHEAP, Recipe
@@ -19,7 +20,6 @@ from invrecon.data.cases import CaseBatch
 from invrecon.errors import InputError
 from invrecon.files import atomic_write
 from invrecon.methods import DPSConditioning, Method
-from invrecon.operators import LinearOperator, SpectralOperator
 
 Table = Mapping[str, Sequence[Row]]  # key of a recipe -> its rows, of one setting
 # About, a slice and core, at 256 x 256.
@@ -248,11 +248,6 @@ class Run(ABC):
             for verdict in self.find(setting, self.table(setting))["verdicts"]:
                 print(f"  {verdict.claim}: {verdict.outcome}. {verdict.because}")
         print(f"\nTables and figures: {self.path.with_suffix('.md')}")
-
-
-def has_spectrum(operator: LinearOperator) -> bool:
-    """Says whether an operator's singular values are known."""
-    return isinstance(operator, SpectralOperator)
 
 
 def seconds_a_slice(method: Method, recipe: Recipe) -> float:

@@ -60,7 +60,7 @@ def test_every_row_in_every_setting(folder: Path, tmp_path: Path, capsys: pytest
     run(folder, out, *short)
     text, result = capsys.readouterr().out, read(out)
     assert not result["failures"] and not result["no_weights"]
-    assert len(result["parts"]) == 2 * 8 * len(rgb.SETTINGS)
+    assert len(result["parts"]) == 2 * (8 * len(rgb.SETTINGS) - 1), "DDRM finds no singular values of a path"
     assert all(row["patient"] in ("kodim01", "kodim02") for row in result["parts"].values())
     assert not any("psnr_body" in row for row in result["parts"].values())
     for setting in rgb.SETTINGS:
