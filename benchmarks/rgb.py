@@ -234,7 +234,7 @@ class Tables:
         return [row for batch in self.batches for row in self.bench.find(setting, entry, batch) or ()]
 
     def measure(self, setting: Setting, entries: Sequence[Entry]) -> None:
-        """Computes the rows that the record lacks; where there are no singular values, methods that need them have none."""
+        """Computes the rows that the record lacks, leaving out methods whose singular values there are none of."""
         spectral = has_spectrum(self.bench.operator(setting))
         for entry in entries:
             if entry.method.needs_spectrum and not spectral:
