@@ -162,6 +162,14 @@ def test_the_real_scan_is_explained_up_to_its_noise():
     residual = images - maps * (maps.conj() * images).sum(0)
     noise = z[:, :12, :12].abs().square().mean().sqrt() * math.sqrt(z.numel() * 7 / 8)  # 7 of 8 dimensions hold none
     assert float(residual.norm()) < 1.1 * float(noise)
+    # SENSE at R = 1 is the combination of coils, and where there is an object that is the root sum of squares.
+    combined = (maps.conj() * images).sum(0)
+    sense = CartesianMRI((230, 180), maps=complex_to_pairs(maps)).pinv(complex_to_pairs(z)[None])
+    assert relative_error(sense, complex_to_channels(combined[None])) < 1e-4
+    inside, strength = maps.abs().sum(0) > 0, images.abs().square().sum(0).sqrt()
+    difference = float((combined.abs() - strength)[inside].norm() / strength[inside].norm())
+    print(f"SENSE at R = 1 against the root sum of squares: {difference:.4f}")
+    assert difference < 0.05, "noise makes the root sum of squares larger"
 
 
 # Pre-whitening ----------------------------------------------------------------------------------------------
