@@ -35,11 +35,9 @@ from invrecon.priors.analytic import GaussianPrior
 from invrecon.priors.base import Prior
 from invrecon.priors.edm import EDMDenoiser
 from invrecon.priors.patch import PatchPrior, WholePrior
-from invrecon.priors.thirdparty.convert import import_weights
 from invrecon.priors.unet import UNet
-from invrecon.priors.weights import load_prior
 from tests.methods.toy import generators
-from tests.priors.foreign import GUIDED, foreign, network, options
+from tests.priors.foreign import import_complex_prior
 
 SIZE = 16
 TINY = DIPUNet([4, 8])
@@ -369,21 +367,12 @@ def test_purification_levels_fall_and_are_counted() -> None:
     assert estimate.stats["num_evaluations"] == [9.0] and fit.num_evaluations == 9  # before iterations 6, 11 and 16
 
 
-def import_complex_prior(folder: Path) -> Prior:
-    """A network of guided diffusion of real and imaginary parts, as another program saves it, made a prior of ours."""
-    config = GUIDED | {"image_channels": 2, "out_channels": 4}
-    torch.save(foreign(network("guided-diffusion", config)), folder / "theirs.pt")
-    asked = options(config, intensity={"offset": 0.0, "scale": 1.0, "units": "a.u."})
-    import_weights(folder / "theirs.pt", folder / "prior.safetensors", asked)
-    return load_prior(folder / "prior.safetensors")[0].double()
-
-
 @pytest.mark.parametrize("kind", ["patch", "whole", "imported"])
 def test_a_complex_network_prior_guides_multicoil_mri(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     denoiser = EDMDenoiser(UNet(image_channels=2, base_channels=8, multipliers=(1, 2)), sigma_data=0.3).double()
     prior: Prior = PatchPrior(denoiser, 8) if kind == "patch" else WholePrior(denoiser)
-    prior = import_complex_prior(tmp_path) if kind == "imported" else prior
+    prior = import_complex_prior(tmp_path).double() if kind == "imported" else prior
     before = {name: value.clone() for name, value in prior.state_dict().items()}
     operator = mri()
     y = measured(operator, blob(1, 2))

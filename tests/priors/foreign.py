@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from invrecon.priors.thirdparty.convert import Options
+from invrecon.priors.base import Prior
+from invrecon.priors.thirdparty.convert import Options, import_weights
 from invrecon.priors.thirdparty.denoiser import FAMILIES
 from invrecon.priors.thirdparty.layers import Resample
+from invrecon.priors.weights import load_prior
 
 SIZE = 16
 GUIDED: dict[str, Any] = {
@@ -119,3 +122,12 @@ def inputs(config: dict[str, Any], num: int = 2) -> Tensor:
 def relative(found: Tensor, wanted: Tensor) -> float:
     """The largest difference, in units of the largest value."""
     return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def import_complex_prior(folder: Path) -> Prior:
+    """A network of guided diffusion of real and imaginary parts, as another program saves it, made a prior of ours."""
+    config = GUIDED | {"image_channels": 2, "out_channels": 4}
+    torch.save(foreign(network("guided-diffusion", config)), folder / "theirs.pt")
+    asked = options(config, intensity={"offset": 0.0, "scale": 1.0, "units": "a.u."})
+    import_weights(folder / "theirs.pt", folder / "prior.safetensors", asked)
+    return load_prior(folder / "prior.safetensors")[0]
