@@ -19,7 +19,7 @@ from invrecon.methods.sampling import ProximalDiffusion
 from invrecon.operators import ParallelBeamCT
 from invrecon.priors.base import broadcast
 from invrecon.priors.patch import PatchPrior, WholePrior
-from invrecon.priors.thirdparty.convert import Options, _ask_for_heads, convert, import_weights
+from invrecon.priors.thirdparty.convert import Options, convert, import_weights, require_heads
 from invrecon.priors.thirdparty.denoiser import FAMILIES, ImportedDenoiser
 from invrecon.priors.thirdparty.infer import Heads
 from invrecon.priors.thirdparty.layers import FilteredConv, Resample
@@ -119,12 +119,12 @@ def test_heads_are_known_of_published_shapes_alone(
     base: int, multipliers: list[float], resample: str, known: bool
 ) -> None:
     found = {"base_channels": base, "multipliers": multipliers, "resample": resample, "head_channels": 64}
-    _ask_for_heads(found, Heads(num_heads=4))
+    require_heads(found, Heads(num_heads=4))
     if known:
-        _ask_for_heads(found, Heads())
+        require_heads(found, Heads())
     else:
         with pytest.raises(InputError, match="how many heads"):
-            _ask_for_heads(found, Heads())
+            require_heads(found, Heads())
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ def architecture(
     taps = stated.get("resample_filter")
     if "time_embed.0.weight" in tensors:
         network = infer.guided_diffusion(tensors, heads)
-        _ask_for_heads(network, heads)
+        require_heads(network, heads)
         order = "all queries, keys, values" if heads.new_order else "a query, key and value per head"
         notes.append(f"Attention order: {order} (--new-attention-order or not; the shapes are the same).")
     else:
@@ -203,7 +203,7 @@ def architecture(
     return network
 
 
-def _ask_for_heads(network: dict[str, Any], heads: infer.Heads) -> None:
+def require_heads(network: dict[str, Any], heads: infer.Heads) -> None:
     """Refuses a network of guided diffusion whose heads are not stated, nor known of a published one of its shape."""
     shape = (network["base_channels"], tuple(network["multipliers"]))
     known = network["resample"] == "block" and shape in infer.HEADS_OF_64

@@ -38,6 +38,7 @@ class ImportedDenoiser(EDMDenoiser):
         data_range: The network's values `(b, a + b)` for our 0 and 1.
         position_scale: `k`, the network's coordinate at the edge of our image.
         sigma_data: The data's standard deviation, in our units.
+        image_channels: Channels of the images; None if not stated.
 
     Raises:
         ValueError: If the data range is empty.
@@ -51,8 +52,10 @@ class ImportedDenoiser(EDMDenoiser):
         data_range: tuple[float, float] = (0.0, 1.0),
         position_scale: float = 1.0,
         sigma_data: float = 0.5,
+        image_channels: int | None = None,
     ) -> None:
         super().__init__(network, sigma_data)
+        self.image_channels = image_channels
         low, high = (float(edge) for edge in data_range)
         if not low < high:
             raise ValueError(f"the data range is {low} to {high}")
@@ -100,13 +103,12 @@ def build_denoiser(network: dict[str, Any], denoiser: dict[str, Any], sigma_data
     arguments = {key: value for key, value in network.items() if key != "family"}
     built = FAMILIES[network["family"]](**arguments)
     preconditioning = PRECONDITIONINGS[denoiser["prediction"]](**denoiser.get("settings", {}))
-    imported = ImportedDenoiser(
+    return ImportedDenoiser(
         built,
         preconditioning,
         int(network.get("position_channels", 0)),
         denoiser.get("data_range", (0.0, 1.0)),
         denoiser.get("position_scale", 1.0),
         sigma_data,
+        network.get("image_channels"),
     )
-    imported.image_channels = network.get("image_channels")
-    return imported
