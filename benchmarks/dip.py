@@ -115,12 +115,14 @@ class Tables:
         priors: A prior file, or the name of a shipped one, for each of `PRIORS`.
         num_iterations: Of every fit; None for their own.
         max_slices: Most slices of a setting; None for all.
+        widths: Channels of every fitted network's levels; None for its own.
     """
 
     bench: DIPBench
     priors: Mapping[str, str]
     num_iterations: int | None = None
     max_slices: int | None = None
+    widths: list[int] | None = None
 
     def __post_init__(self) -> None:
         self.failures: dict[str, str] = {}
@@ -145,6 +147,8 @@ class Tables:
             "tv": partial(mri.classical, "tv", mri.WEIGHTS["tv"]) if is_mri else TotalVariation,
             "patch": partial(mri.load_method, "recon_mri") if is_mri else ProximalDiffusion,
         }
+        if self.widths is not None:
+            knobs = {"network": DIPUNet(self.widths)} | knobs
         method = make_fit(FITS[row], self.num_iterations, **knobs) if row in FITS else makers[row]()
         return Entry(label or row, method, self.prior(setting, row) if method.needs_prior else None)
 
@@ -338,6 +342,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--slices", default=FEW_SLICES, help=f"slices of CT (default {FEW_SLICES})")
     parser.add_argument("--max-slices", type=int, help="at most so many slices of each setting")
     parser.add_argument("--iterations", type=int, help="of every fit, for trials; their own number by default")
+    parser.add_argument("--widths", type=int, nargs="+", help="channels of the fitted network, finest level first")
     parser.add_argument("--size", type=int, default=256, help="side of the images")
     parser.add_argument("--merge", type=Path, nargs="+", default=[], metavar="FILE", help="records to take rows from")
     parser.add_argument("--redo", action="store_true", help="compute again what the JSON holds already")
@@ -351,7 +356,7 @@ def main(args: list[str] | None = None) -> None:
             raise InputError(f"--{name.replace('_', '-')} is {value}, expected at least 1.")
     bench = DIPBench(_common.start(options, "dip"), options.size)
     priors = {name: getattr(options, name.replace("-", "_")) for name in PRIORS}
-    tables = Tables(bench, priors, options.iterations, options.max_slices)
+    tables = Tables(bench, priors, options.iterations, options.max_slices, options.widths)
     if options.tune:
         bench.record.save(tuned=tune(tables, options.settings, options.candidates))
         return

@@ -152,9 +152,19 @@ def lines_of(operator: LinearOperator, rows: Tensor) -> Tensor:
     Cartesian k-space, the largest square (or run of columns) around it, is in no line if there is anything else: its
     few samples hold most of the image, which nothing without one of them could know.
     """
+    operator = _unweighted(operator)
+    return torch.stack([_lines_of_case(operator, own).expand(own.shape) for own in rows])
+
+
+def share_of_kspace(operator: LinearOperator, rows: Tensor) -> float:
+    """Returns how much of all Cartesian k-space these rows of one case are; 0 of any other measurement."""
+    return float(rows.float().mean()) if isinstance(_unweighted(operator), CartesianMRI) else 0.0
+
+
+def _unweighted(operator: LinearOperator) -> LinearOperator:
     while isinstance(operator, WhitenedOperator):
         operator = operator.operator
-    return torch.stack([_lines_of_case(operator, own).expand(own.shape) for own in rows])
+    return operator
 
 
 def _lines_of_case(operator: LinearOperator, rows: Tensor) -> Tensor:

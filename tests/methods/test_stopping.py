@@ -223,6 +223,23 @@ def test_adaptation_does_not_know_kspace_off_its_mask(kind: str) -> None:
     assert max(runs[0][3].values()) > 0 or runs[0][2] <= 0  # it has moved, or been told to go back
 
 
+def test_seen_and_held_out_lines_together_tell_the_error_of_all_kspace() -> None:
+    """The centre, which is never held out, holds most of an image's error, too, while a fit begins."""
+    operator, full = mri(columns(4, 4)), mri(torch.ones(1, SIZE))
+    draw = make_generator(0, "error")
+    found, expected = [], []
+    for brightness in (0.0, 1.0):
+        for seed in range(40):
+            error = brightness + torch.randn(1, 2, SIZE, SIZE, generator=draw, dtype=torch.float64) / SIZE
+            y = operator(torch.zeros_like(error))
+            monitor = HeldOutStop(0.3).monitor(CaseData(y, operator, HeldOutStop(0.3), generator(seed)))
+            monitor(1, error, operator(error))
+            found.append(monitor.value)
+            expected.append(float(full(error).square().mean()))
+    for part in (slice(0, 40), slice(40, 80)):
+        assert sum(found[part]) == pytest.approx(sum(expected[part]), rel=0.15)
+
+
 # when a curve is over
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from invrecon.errors import InputError
-from invrecon.methods.stopping import Stopper, check_held_out, discrepancy, split
+from invrecon.methods.stopping import Stopper, check_held_out, discrepancy, share_of_kspace, split
 
 if TYPE_CHECKING:
     from invrecon.methods.dip.measurement import CaseData
@@ -136,10 +136,15 @@ class _DiscrepancyMonitor(Monitor):
 
 
 class HeldOutStop(StoppingRule):
-    """Cross-validation: prefers the iterate that best explains lines of the measurement that the fit does not see.
+    r"""Cross-validation: prefers the iterate that best explains lines of the measurement that the fit does not see.
+
+    $$ v = c\, \overline{|A x - y|^2}_{\mathrm{seen}} + (1 - c)\, \overline{|A x - y|^2}_{\mathrm{held\ out}} $$
 
     The lines (views of a sinogram, lines of k-space outside its fully sampled centre) are drawn once a case. They are
-    no longer fitted, which costs a little of the image and is the price of knowing when to stop.
+    no longer fitted, which costs a little of the image and is the price of knowing when to stop. `c` is the share of
+    Cartesian k-space that the fit sees: its centre, which holds most of the image, is never held out, so that seen
+    lines stand for themselves and those held out for all the others; `v` then estimates the error of the image. Of
+    other measurements, whose lines all hold as much, the held-out ones alone count, `c = 0`.
 
     Source: Yaman, Hosseini & Akcakaya, "Zero-shot self-supervised learning for MRI reconstruction", ICLR 2022, for
     single scans.
@@ -164,19 +169,21 @@ class HeldOutStop(StoppingRule):
 
     def monitor(self, data: CaseData) -> Monitor:
         """Returns what keeps the least held-out loss."""
-        return _HeldOutMonitor(self.patience, data.held_out)
+        share = share_of_kspace(data.operator, data.seen)
+        # Weights of rows, without an index of them, for which a GPU would have to be waited for.
+        weights = share * data.seen / data.seen.sum() + (1 - share) * data.held_out / data.held_out.sum()
+        return _WeightedMonitor(self.patience, weights.to(data.y))
 
 
-class _HeldOutMonitor(LeastValue):
-    """Watches the mean square of the held-out residual."""
+class _WeightedMonitor(LeastValue):
+    """Watches the weighted sum of the squared residual."""
 
-    def __init__(self, patience: int, held_out: Tensor) -> None:
+    def __init__(self, patience: int, weights: Tensor) -> None:
         super().__init__(patience)
-        self.held_out, self.num_rows = held_out, int(held_out.sum())
+        self.weights = weights
 
     def measure(self, x: Tensor, residual: Tensor) -> float:
-        # Without an index of the rows, which a GPU would have to be waited for.
-        return float(torch.where(self.held_out, residual, 0.0).square().sum()) / self.num_rows
+        return float((self.weights * residual.square()).sum())
 
 
 class WindowedVarianceStop(StoppingRule):
