@@ -73,19 +73,18 @@ PAIRS = (
 )
 AIMED = PAIRS[:2]
 # Knobs of uDiG-DIP that `--tune` tries, others as they are.
-ONE = Purification(num_levels=1)
-LIGHT: dict[str, Any] = {"purification": ONE, "weight": 0.003, "num_inner": 25}
 CANDIDATES: dict[str, dict[str, Any]] = {
     "as-it-is": {},
-    "one": {"purification": ONE},
-    "light": LIGHT,
-    "light-10": LIGHT | {"num_inner": 10},
-    "light-50": LIGHT | {"num_inner": 50},
-    "light-ten-levels": LIGHT | {"purification": Purification()},
-    "light-lower": LIGHT | {"purification": Purification(0.1, 0.01, num_levels=1)},
-    "lighter": LIGHT | {"weight": 0.001},
-    "light-average": LIGHT | {"averaging": 0.95},
-    "light-wide": LIGHT | {"network": DIPUNet([64, 128, 256, 256])},
+    "no-data-step": {"cg_iterations": 0},
+    "published-weight": {"weight": 1.0},
+    "light": {"weight": 0.01},
+    "rounds-50": {"num_inner": 50},
+    "rounds-25": {"num_inner": 25},
+    "higher": {"purification": Purification(0.3, 0.1)},
+    "lower": {"purification": Purification(0.1, 0.02)},
+    "ten-levels": {"purification": Purification(num_levels=10)},
+    "average": {"averaging": 0.95},
+    "wide": {"network": DIPUNet([64, 128, 256, 256])},
 }
 
 
@@ -149,6 +148,8 @@ class Tables:
         }
         if self.widths is not None:
             knobs = {"network": DIPUNet(self.widths)} | knobs
+        if is_mri and row.startswith("udig"):
+            knobs = {"purification": mri.load_method("udig_dip_mri").purification} | knobs
         method = make_fit(FITS[row], self.num_iterations, **knobs) if row in FITS else makers[row]()
         return Entry(label or row, method, self.prior(setting, row) if method.needs_prior else None)
 

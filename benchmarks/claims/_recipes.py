@@ -106,7 +106,8 @@ def recipes() -> dict[str, Recipe]:
     for key, title, unadapted, config, kind in published:
         sampler, adaptation = load_recipe(config)
         own = Recipe(f"{title}, own sampler", sampler, f"{kind}_ellipses", adaptation, f"{key}-off", PUBLISHED, True)
-        rows[f"{key}-off"] = replace(own, title=unadapted, adaptation=None, control=None)
+        control = adaptation.control(sampler)  # type: ignore[attr-defined]
+        rows[f"{key}-off"] = replace(own, title=unadapted, method=control, adaptation=None, control=None)
         rows[f"{key}-own"] = own
         rows[key] = replace(own, title=title, method=ours, adaptation=under_ours(adaptation), control=kind)
     title = "patch + SS, in distribution"

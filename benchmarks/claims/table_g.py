@@ -67,7 +67,11 @@ class AdaptationTable(Run):
 
     def figures(self, tables: Mapping[str, Table], findings: Mapping[str, Mapping[str, Any]]) -> None:
         """Draws the rounds of EM."""
-        curves = {SETTINGS[name].title: rows for name, table in tables.items() if (rows := stopped(table, "patch-em"))}
+        curves = {
+            SETTINGS[name].title: rows
+            for name, table in tables.items()
+            if (rows := stopped(table, self.recipes, "patch-em") or table.get("patch-em"))
+        }
         if curves:
             rounds_figure(self.beside("_rounds.png"), curves)
 
@@ -106,21 +110,24 @@ class AdaptationTable(Run):
 INTRODUCTION = """\
 Rows use priors of random ellipses and our sampler (`tta_ct.yaml`) unless they say otherwise: *in distribution* is a
 prior of chest CT; *own sampler* is that of the recipe's configuration (`patch_ss_ct.yaml`, `whole_ss_ct.yaml`,
-`scd_ct.yaml`, `ddip_ct.yaml`), and *...'s sampler* is the same without adaptation. *SS* is the published
-self-supervision, *EM* expectation maximisation on the one measurement (of whole images by fewer, larger steps). *DPS*
-is PaDIS's data step and transition with {dps} evaluations from the start of our sampler, where 1000 from white noise
-were published: a converged one may be better, and what is gained over it less. Recipes with few slices are too
-expensive for all; differences are paired over the slices that both rows have. A claim *holds* or *does not hold* if
-the whole 95 % interval is on one side of its limit, and is *undecided* otherwise.
+`scd_ct.yaml`, `ddip_ct.yaml`), and *...'s sampler* is the same without updates of the network: what a learning rate of
+zero gives, noise and output taken from where the recipe takes them. *SS* is the published self-supervision, *EM*
+expectation maximisation on the one measurement (of whole images by fewer, larger steps). *DPS* is PaDIS's data step
+and transition with {dps} evaluations from the start of our sampler, where 1000 from white noise were published: a
+converged one may be better, and what is gained over it less. Recipes with few slices are too expensive for all;
+differences are paired over the slices that both rows have. A claim *holds* or *does not hold* if the whole 95 %
+interval is on one side of its limit, and is *undecided* otherwise. What stopping loses is against the best of the
+rounds that were run.
 
 *x unadapted* is the time in units of the same prior's reconstruction by our sampler, in batches.
 Measured on {machine}.
 """
 
 
-def stopped(table: Table, key: str) -> Sequence[Row]:
-    """Returns the rows of an EM that views held out stop, or of the plain one where there are none."""
-    return table.get(f"{key}-stop") or table.get(key) or []
+def stopped(table: Table, recipes: Mapping[str, Recipe], key: str) -> Sequence[Row]:
+    """Returns the rows of an EM that stops by views held out: those of its own key, where plain EM does not."""
+    own = f"{key}-stop"
+    return table.get(own if own in recipes else key) or []
 
 
 def base(recipe: Recipe) -> str | None:
@@ -203,10 +210,10 @@ def judge_claims(table: Table, recipes: Mapping[str, Recipe], num_views: int) ->
     closed = gap_share(table.get("patch"), table.get("patch-em"), table.get("patch-ct"))
     share = CLOSED[num_views]
     yield decide(f"EM closes at least {100 * share:.0f} % of the gap to the in-distribution prior", closed, share, "%")
-    loss = interval(stopped(table, "patch-em"), stopping_loss)
+    loss = interval(stopped(table, recipes, "patch-em"), stopping_loss)
     yield decide(f"Stopping without the truth loses at most {LOST} dB", loss, LOST, at_least=False)
     yield decide("EM improves the in-distribution prior", minus("patch-ct-em", "patch-ct"), 0)
-    cost = difference(stopped(table, "patch-ct-em"), table.get("patch-ct"))
+    cost = difference(stopped(table, recipes, "patch-ct-em"), table.get("patch-ct"))
     yield decide("EM with that stop costs the in-distribution prior at most 0.1 dB", cost, -0.1)
     times = ratio(table.get("patch-em"), table.get("patch"))
     yield decide(f"EM takes at most {COSTLY:.0f} times the unadapted time", times, COSTLY, "x", at_least=False)

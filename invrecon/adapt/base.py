@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,7 +30,7 @@ class Step:
         sigma: Its noise level, or None.
         data_loss: Mean square of `A x - y` over what the adaptation may see.
         held_out_loss: The same over what was kept from it, or None.
-        image: The estimate at that point, `(C, H, W)` of the first case, or None.
+        image: The estimate at that point, `(C, H, W)` of one case, or None.
     """
 
     name: str
@@ -51,6 +51,8 @@ class Trace:
         num_trainable: Number of adapted parameters.
         movement: By layer, `||w - w0|| / ||w0||`.
         verdict: What the test for an unsuited prior said, in words; empty without one.
+        watched: Number, among the cases that share the adapter, of the one that alone the steps tell of; None if their
+            losses are of all, and their images of the first.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -59,6 +61,7 @@ class Trace:
     num_trainable: int = 0
     movement: dict[str, float] = field(default_factory=dict)
     verdict: str = ""
+    watched: int | None = None
 
 
 class Adaptation(ABC):
@@ -132,10 +135,26 @@ class Adaptation(ABC):
         verdict = suitability(y, operator, prior, sampler, generators)
         if verdict.suited:
             estimate = sampler(y, operator, prior, generators=generators)
-            return estimate, Trace(reason="not adapted: the prior suits the measurement", verdict=str(verdict))
-        estimate, trace = self.adapt(y, operator, prior, sampler, generators)
+            trace = Trace(reason="not adapted: the prior suits the measurement")
+        else:
+            estimate, trace = self.adapt(y, operator, prior, sampler, generators)
         trace.verdict = str(verdict)
-        return estimate, trace
+        return add_costs(estimate, verdict.stats), trace
+
+
+def mean_cost(estimate: Estimate, key: str) -> float:
+    """Returns what an estimate cost a case, such as its `num_evaluations`; 0 if it does not say."""
+    value = estimate.stats.get(key, 0.0)
+    return float(value) if isinstance(value, int | float) else sum(value) / len(value)
+
+
+def add_costs(estimate: Estimate, costs: Mapping[str, float]) -> Estimate:
+    """Returns an estimate whose stats count, for every case, what else was spent on it."""
+
+    def plus(value: float | list[float], more: float) -> float | list[float]:
+        return [own + more for own in value] if isinstance(value, list) else value + more
+
+    return replace(estimate, stats=estimate.stats | {k: plus(estimate.stats.get(k, 0.0), v) for k, v in costs.items()})
 
 
 def join(estimates: Sequence[Estimate]) -> Estimate:

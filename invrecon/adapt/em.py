@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -14,11 +13,14 @@ from invrecon.adapt.base import (
     Adaptation,
     Step,
     Trace,
+    add_costs,
     check_positive,
+    mean_cost,
     private_generator,
     private_generators,
 )
-from invrecon.adapt.stopping import HeldOutViews, loss_on
+from invrecon.adapt.losses import DataLoss
+from invrecon.adapt.stopping import Discrepancy, HeldOutViews, loss_on
 from invrecon.adapt.trainable import AllWeights, Trainable, adapted_copy, movement, num_parameters
 from invrecon.errors import InputError
 from invrecon.methods.base import Estimate
@@ -26,7 +28,7 @@ from invrecon.methods.sampling import ProximalDiffusion, Sampler
 from invrecon.methods.start import GivenStart
 from invrecon.methods.stopping import mean_square, measured, restrict_to
 from invrecon.priors.patch import PatchPrior, WholePrior
-from invrecon.rng import Generators
+from invrecon.rng import Generators, randn
 
 if TYPE_CHECKING:
     from invrecon.operators.base import LinearOperator
@@ -42,8 +44,12 @@ class ExpectationMaximisation(Adaptation):
     over patches `p` of `x_r` at all places (whole images for a whole-image prior): one image is thousands of patches.
     The sampler's fast estimates, not its samples, serve as `x_r`: a chain's own noise would be learned too. Each round
     goes on from the last estimate at a modest noise level, so that it costs a third of a reconstruction. Pooled cases
-    share what they teach: a round renews the middle one, which is watched, and one other, in turn, and learns from
-    all that have had their turn, so that the cost hardly grows with their number.
+    share what they teach: a round renews the middle one, which is watched and says when to stop, and one other, in
+    turn, and learns from all that have had their turn. At most `rounds + 1` cases teach, then, evenly spread over the
+    pool, so that the cost hardly grows with their number.
+
+    With `data_weight` the M-step descends the misfit of the watched case's denoised estimate besides,
+    `data_weight || A D_theta(x_r + sigma n) - y ||^2 / || y ||^2`, at another evaluation of the whole image a step.
 
     Source: the idea, for data sets of measurements, is that of Rozet et al., "Learning diffusion priors from
     observations by expectation maximization", NeurIPS 2024 (arXiv 2405.13712); on a single measurement, by patches and
@@ -57,10 +63,17 @@ class ExpectationMaximisation(Adaptation):
         num_pixels: Pixels a step.
         sigma_min: Lowest noise level that is learned, log-uniformly.
         sigma_max: Highest.
-        expectation: The sampler of the E-step.
         ema: Decay of the average of the weights over steps that reconstructs and is kept; 0 takes the last weights.
+        expectation: The sampler of the E-step; ten levels of our fast one if None.
         trainable: What adapts; all weights by default.
-        held_out: Views that the rounds do not see, and that say when to stop; None runs all rounds on all views.
+        held_out: Views that the rounds do not see, the same in all of them as each goes on from the last estimate, and
+            that say when to stop; None runs all rounds on all views.
+        data_weight: Of the misfit; 0 leaves it out.
+        discrepancy: Ends the rounds once `||A x_r - y||^2` has come down to so many times what the noise explains; None
+            does not ask.
+
+    Raises:
+        InputError: A knob out of range.
     """
 
     def __init__(
@@ -75,6 +88,8 @@ class ExpectationMaximisation(Adaptation):
         expectation: Sampler | None = None,
         trainable: Trainable | None = None,
         held_out: HeldOutViews | None = None,
+        data_weight: float = 0.0,
+        discrepancy: float | None = None,
     ) -> None:
         check_positive(rounds=rounds, steps=steps, num_pixels=num_pixels, sigma_min=sigma_min)
         if learning_rate < 0 or not sigma_min < sigma_max or not 0 <= ema < 1:
@@ -84,9 +99,14 @@ class ExpectationMaximisation(Adaptation):
             )
         self.rounds, self.steps, self.learning_rate, self.num_pixels = rounds, steps, learning_rate, num_pixels
         self.sigma_min, self.sigma_max, self.ema = sigma_min, sigma_max, ema
+        if not data_weight >= 0:
+            raise InputError(f"ExpectationMaximisation: data_weight is {data_weight}, but it must not be negative.")
+        self._clips = expectation is not None  # what is our own choice does not clip complex images
         self.expectation = ProximalDiffusion(num_levels=10, sigma_max=0.05) if expectation is None else expectation
         self.trainable = AllWeights() if trainable is None else trainable
         self.held_out = held_out
+        self.data_weight = float(data_weight)
+        self.discrepancy = None if discrepancy is None else Discrepancy(discrepancy)
 
     def adapt(
         self, y: Tensor, operator: LinearOperator, prior: Prior, sampler: Sampler, generators: Generators
@@ -108,41 +128,51 @@ class ExpectationMaximisation(Adaptation):
             seen, y_seen = restrict_to(operator, y, kept)
             rule = self.held_out.stopper()
         learner = _Learner(self, prior, private_generator(generators, "learning"))
-        trace = Trace(num_trainable=num_parameters(learner.averages), reason=f"all {self.rounds} rounds")
         watched, num_cases = len(y) // 2, len(y)
+        one = slice(watched, watched + 1)
+        trace = Trace(num_trainable=num_parameters(learner.averages), reason=f"all {self.rounds} rounds")
+        trace.watched = watched if num_cases > 1 else None
+        teachers = spread(num_cases, watched, self.rounds)
+        watched_operator, y_watched = operator.select_cases(one, num_cases), y[one]
         images: dict[int, Tensor] = {}
-        num_evaluations, best, risen = 0.0, learner.snapshot(), False
+        spent = {"num_evaluations": 0.0, "num_operator_calls": 0.0}
+        best, over = learner.snapshot(), False
         for k in range(self.rounds + 1):
             if k:
-                num_evaluations += learner.learn(torch.cat(list(images.values())), k)
-            # The watched case is renewed in every round, the others of a pool in turn.
-            for b in dict.fromkeys((watched, (watched + k) % num_cases)):
-                one = slice(b, b + 1)
-                part, own = seen.select_cases(one, num_cases), private_generators(generators[one], "round", k)
-                estimate = self._expect(learner.adapted, sampler, part, y_seen[one], images.get(b), own)
-                num_evaluations += cast(float, estimate.stats["num_evaluations"])
+                data = (seen.select_cases(one, num_cases), y_seen[one], images[watched])
+                spent["num_evaluations"] += learner.learn(torch.cat(list(images.values())), k, *data)
+                spent["num_operator_calls"] += learner.num_operator_calls
+            for b in dict.fromkeys((watched, *teachers[k - 1 : k])) if k else (watched,):
+                case = slice(b, b + 1)
+                part, own = seen.select_cases(case, num_cases), private_generators(generators[case], "round", k)
+                estimate = self._expect(learner.adapted, sampler, part, y_seen[case], images.get(b), own)
+                for key in spent:
+                    spent[key] += mean_cost(estimate, key)
                 images[b] = estimate.mean
-            one = slice(watched, watched + 1)
-            name, own_operator = f"round {k}" if k else "not adapted", operator.select_cases(one, num_cases)
+            name = f"round {k}" if k else "not adapted"
             own_unseen = None if unseen is None else unseen[one]
-            trace.steps.append(self._look(name, own_operator, y[one], images[watched], kept[one], own_unseen))
-            if rule is None:
-                continue
-            risen = rule.update(cast(float, trace.steps[k].held_out_loss))
-            if rule.best == k:
-                best = learner.snapshot()
-            if risen:
+            trace.steps.append(self._look(name, watched_operator, y_watched, images[watched], kept[one], own_unseen))
+            spent["num_operator_calls"] += 1 if unseen is None else 2
+            if rule is not None:
+                over = rule.update(cast(float, trace.steps[k].held_out_loss))
+                if rule.best == k:
+                    best = learner.snapshot()
+            if over:
                 break
+            if self.discrepancy is not None and k < self.rounds:
+                spent["num_operator_calls"] += 1
+                if bool(self.discrepancy(seen.select_cases(one, num_cases), y_seen[one], images[watched])):
+                    trace.reason = "the data are explained as well as their noise permits"
+                    break
         trace.stopped_at = len(trace.steps) - 1
         if rule is not None and rule.best < trace.stopped_at:
-            end = f"had no new least in {rule.patience} rounds" if risen else "was least"
+            end = f"had no new least in {rule.patience} rounds" if over else "was least"
             trace.reason = f"the loss on views held out {end}"
             trace.stopped_at = rule.best
             learner.restore(best)
         trace.movement = movement(prior, learner.adapted)
         estimate = sampler(y, operator, learner.adapted, generators=generators)
-        spent = cast(float, estimate.stats["num_evaluations"]) + num_evaluations / num_cases
-        return replace(estimate, stats={**estimate.stats, "num_evaluations": spent}), trace
+        return add_costs(estimate, {key: value / num_cases for key, value in spent.items()}), trace
 
     @staticmethod
     @torch.no_grad()
@@ -168,7 +198,27 @@ class ExpectationMaximisation(Adaptation):
             return sampler(y, operator, prior, generators=generators)
         expectation = copy.copy(self.expectation)
         expectation.start = GivenStart(x)
+        if operator.complex_images and not self._clips:
+            expectation.clip = None
         return expectation(y, operator, prior, generators=generators)
+
+
+def spread(num_cases: int, watched: int, num: int) -> list[int]:
+    """Returns `num` cases but the watched one, evenly spread over the others and in no order; fewer come again.
+
+    Args:
+        num_cases: Cases of the pool.
+        watched: The one to leave out.
+        num: How many are asked for.
+    """
+    others = [b for b in range(num_cases) if b != watched]
+    if not others:
+        return []
+    chosen = min(num, len(others))
+    places = [others[(2 * j + 1) * len(others) // (2 * chosen)] for j in range(chosen)]
+    # Steps of the golden section: whenever the rounds end, those that have taught are spread.
+    stride = next(s for s in range(max(1, round(0.618 * chosen)), chosen + 1) if math.gcd(s, chosen) == 1)
+    return [places[j * stride % chosen] for j in range(num)]
 
 
 class _Learner:
@@ -177,6 +227,7 @@ class _Learner:
     Attributes:
         adapted: The prior of the averaged weights, which reconstructs.
         averages: Those of its parameters that adapt.
+        num_operator_calls: Of the last round.
 
     Args:
         plan: The knobs.
@@ -189,6 +240,7 @@ class _Learner:
         self._learning, self._weights = adapted_copy(prior, plan.trainable)
         self.adapted, self.averages = adapted_copy(prior, plan.trainable)
         self._optimiser = torch.optim.Adam(self._weights, lr=plan.learning_rate, betas=(0.9, 0.99))
+        self.num_operator_calls = 0
 
     def snapshot(self) -> list[Tensor]:
         """Returns the averaged weights, to be restored."""
@@ -200,8 +252,15 @@ class _Learner:
         for average, value in zip(self.averages, snapshot, strict=True):
             average.copy_(value)
 
-    def learn(self, x: Tensor, k: int) -> float:
-        """Takes the steps of round `k` on patches of the estimates `x`, `(N, C, H, W)`.
+    def learn(self, x: Tensor, k: int, operator: LinearOperator, y: Tensor, estimate: Tensor) -> float:
+        """Takes the steps of round `k`.
+
+        Args:
+            x: The estimates whose patches teach, `(N, C, H, W)`.
+            k: From 1.
+            operator: The physics of the watched case.
+            y: Its measurement.
+            estimate: Its estimate, `(1, C, H, W)`.
 
         Returns:
             How many images' worth of pixels the network has seen.
@@ -212,7 +271,8 @@ class _Learner:
         plan, learning = self.plan, self._learning
         assert isinstance(learning, PatchPrior | WholePrior)  # seen to by `adapt`
         low, high = math.log(plan.sigma_min), math.log(plan.sigma_max)
-        num_seen, budget = 0, plan.steps * plan.num_pixels
+        num_seen, budget, self.num_operator_calls = 0, plan.steps * plan.num_pixels, 0
+        num_images = 0
         while num_seen < budget:  # a whole image may be more than a step's pixels: fewer steps, then, of equal cost
             clean, position = learning.draw(x, plan.num_pixels, self.draws)
             progress = (k - 1 + num_seen / budget) / plan.rounds
@@ -226,6 +286,9 @@ class _Learner:
                 loss = learning.denoiser.denoising_losses(clean, sigma, noise, position).mean()
                 self._optimiser.zero_grad()
                 loss.backward()
+            if plan.data_weight:
+                self._descend_misfit(operator, y, estimate, float(sigma[0]))
+                num_images += 1
             norm = torch.nn.utils.clip_grad_norm_(self._weights, 1.0)
             if not torch.isfinite(norm):
                 raise InputError(
@@ -238,4 +301,14 @@ class _Learner:
             with torch.no_grad():
                 for average, weight in zip(self.averages, self._weights, strict=True):
                     average.lerp_(weight, 1 - plan.ema)
-        return num_seen / x[0, 0].numel()
+        return num_seen / x[0, 0].numel() + num_images
+
+    def _descend_misfit(self, operator: LinearOperator, y: Tensor, estimate: Tensor, sigma: float) -> None:
+        """Adds the gradient of the weighted misfit at one noise level."""
+        noisy = estimate + sigma * randn(estimate.shape[1:], [self.draws], estimate)
+        whitened = operator.whiten(y)[1]
+        weight = self.plan.data_weight / max(float(whitened.square().mean()), torch.finfo(torch.float32).tiny)
+        self.num_operator_calls += 1
+        self._learning.backpropagate(
+            noisy, sigma, lambda denoised: weight * DataLoss().cotangent(denoised, operator, y), generators=[self.draws]
+        )

@@ -14,8 +14,12 @@ from invrecon.adapt.selfsupervised import Levels, SelfSupervised
 from invrecon.adapt.stopping import HeldOutViews
 from invrecon.adapt.trainable import AllWeights, LoRA, Trainable
 
-# The convolutions and linear layers inside residual and attention blocks; stem, head and embedding are outside.
-BLOCKS = r"^(encoder|bottleneck|attention|decoder)\."
+# The convolutions and linear layers inside residual and attention blocks; stem, head and embedding are outside. Of our
+# networks, of guided diffusion's and of EDM's.
+BLOCKS = (
+    r"^(encoder|bottleneck|attention|decoder|middle_block|output_blocks)\."
+    r"|^input_blocks\.(?!0\.)|^(enc|dec)\.\d+x\d+_(?!conv$|aux_)"
+)
 
 
 class SCD(SelfSupervised):
@@ -45,7 +49,9 @@ class SCD(SelfSupervised):
         num_iterations: CG iterations in the loss.
         weight: Of the data step in the loss, in units of `1 / ||A||^2`.
         tv_weight: Of total variation in the loss.
+        ema: Decay of the average of the weights that the sampler uses; the authors do not average.
         held_out: Views held out to say when to stop; the authors do not stop.
+        discrepancy: As in `SelfSupervised`; None does not ask.
     """
 
     def __init__(
@@ -58,7 +64,9 @@ class SCD(SelfSupervised):
         num_iterations: int = 3,
         weight: float = 3000.0,
         tv_weight: float = 1.7e-5,
+        ema: float = 0.0,
         held_out: HeldOutViews | None = None,
+        discrepancy: float | None = None,
     ) -> None:
         super().__init__(
             trainable=LoRA(rank, layers=BLOCKS),
@@ -66,7 +74,9 @@ class SCD(SelfSupervised):
             learning_rate=learning_rate,
             steps=steps,
             levels=Levels(every=every, num_last=num_last),
+            ema=ema,
             held_out=held_out,
+            discrepancy=discrepancy,
             noise_from="unadapted",
             output="denoised",
         )
@@ -92,7 +102,9 @@ class DDIP(SelfSupervised):
         num_iterations: CG iterations in the loss.
         weight: Of the data step in the loss, in units of `1 / ||A||^2`. Infinite as published for data without noise.
         weight_decay: Of AdamW.
+        ema: Decay of the average of the weights that the sampler uses; the authors do not average.
         held_out: Views held out to say when to stop; the authors do not stop.
+        discrepancy: As in `SelfSupervised`; None does not ask.
     """
 
     def __init__(
@@ -104,7 +116,9 @@ class DDIP(SelfSupervised):
         num_iterations: int = 5,
         weight: float = math.inf,
         weight_decay: float = 0.01,
+        ema: float = 0.0,
         held_out: HeldOutViews | None = None,
+        discrepancy: float | None = None,
     ) -> None:
         super().__init__(
             trainable=LoRA(rank, layers=BLOCKS, biases=True),
@@ -114,7 +128,9 @@ class DDIP(SelfSupervised):
             levels=Levels(margin=margin),
             keep_optimiser=False,
             weight_decay=weight_decay,
+            ema=ema,
             held_out=held_out,
+            discrepancy=discrepancy,
             noise_from="adapted",
         )
 
@@ -138,6 +154,7 @@ class PatchSelfSupervision(SelfSupervised):
         sigma_max: Level above which nothing adapts.
         ema: Decay of the average of the weights that the sampler uses; 0 does not average.
         held_out: Views held out to say when to stop.
+        discrepancy: As in `SelfSupervised`; None does not ask.
     """
 
     def __init__(
@@ -148,6 +165,7 @@ class PatchSelfSupervision(SelfSupervised):
         sigma_max: float = 1.0,
         ema: float = 0.0,
         held_out: HeldOutViews | None = None,
+        discrepancy: float | None = None,
     ) -> None:
         super().__init__(
             trainable=AllWeights() if trainable is None else trainable,
@@ -157,6 +175,7 @@ class PatchSelfSupervision(SelfSupervised):
             levels=Levels(sigma_max=sigma_max),
             ema=ema,
             held_out=held_out,
+            discrepancy=discrepancy,
             noise_from="adapted",
         )
 
@@ -179,6 +198,7 @@ class WholeSelfSupervision(PatchSelfSupervision):
         weight: Of the data step in the loss, in units of `1 / ||A||^2`.
         ema: Decay of the average of the weights that the sampler uses; 0 does not average.
         held_out: Views held out to say when to stop.
+        discrepancy: As in `SelfSupervised`; None does not ask.
     """
 
     def __init__(
@@ -191,6 +211,7 @@ class WholeSelfSupervision(PatchSelfSupervision):
         weight: float = 1000.0,
         ema: float = 0.0,
         held_out: HeldOutViews | None = None,
+        discrepancy: float | None = None,
     ) -> None:
-        super().__init__(trainable, learning_rate, steps, sigma_max, ema, held_out)
+        super().__init__(trainable, learning_rate, steps, sigma_max, ema, held_out, discrepancy)
         self.loss = ProximalDataLoss(num_iterations, weight)

@@ -19,7 +19,7 @@ from invrecon.methods.base import Estimate, check_generators
 from invrecon.methods.counting import Counter, CountingPrior, count_calls
 from invrecon.methods.sampling import repeat_cases
 from invrecon.methods.stopping import measured, restrict_to
-from invrecon.methods.transitions import DenoisedTransition, PriorNoise
+from invrecon.methods.transitions import Denoised, DenoisedTransition, PriorNoise
 from invrecon.rng import Generators
 
 if TYPE_CHECKING:
@@ -83,7 +83,8 @@ class SelfSupervised(Adaptation):
     $$ \theta \leftarrow \theta - \mathrm{Adam}(\nabla_\theta L(D_\theta(x_t, \sigma_t); A, y)) $$
 
     Weights go on from level to level and are forgotten after the case. With a learning rate of 0 the result is that of
-    the sampler alone, bit for bit. Several samples of a case share its adapter, and so have to run at once.
+    `control(sampler)`, bit for bit: of the sampler alone, unless `noise_from` or `output` change its steps, which may
+    gain or lose more than the adaptation. Several samples of a case share its adapter, and so have to run at once.
 
     Source: Barbano, Denker et al., "Steerable conditional diffusion", IEEE TMI 2025; Chung & Ye, "Deep diffusion image
     prior", ECCV 2024; Hu et al., "Test-time adaptation improves inverse problem solving with patch-based diffusion
@@ -163,24 +164,45 @@ class SelfSupervised(Adaptation):
                 f"{type(self).__name__} adapts to all samples of a case at once, but method.samples_per_batch is "
                 f"{sampler.samples_per_batch} of {sampler.num_samples}: set it to null."
             )
-        if sampler.transition.stays_at_level and (self.noise_from, self.output) != ("estimate", "estimate"):
-            raise InputError(
-                f"{type(sampler.transition).__name__} does not ask what noise the state holds: set noise_from and "
-                "output to estimate, or take a transition such as DDIM."
-            )
         order = private_generator(generators, "held-out views")
         adapting = AdaptingPrior(self, prior, y, operator, sampler.schedule.sigmas, order)
-        sampler = copy.copy(sampler)
-        if self.noise_from != "estimate":
-            # Without a source it is the evaluation from which the estimate was made: the adapted one.
-            source = None if self.noise_from == "adapted" else adapting.unadapted
-            sampler.transition = PriorNoise(sampler.transition, source)
-        if self.output == "denoised":
-            sampler.transition = DenoisedOutput(sampler.transition)
+        sampler = self._steps_of(sampler, adapting.unadapted if self.noise_from == "unadapted" else None)
         estimate = sampler(y, operator, cast("Prior", adapting), generators=generators)
         for key, counter in (("num_evaluations", adapting.evaluations), ("num_operator_calls", adapting.calls)):
             estimate.stats[key] = cast(float, estimate.stats[key]) + counter.num_calls
         return estimate, adapting.finish()
+
+    def control(self, sampler: Sampler) -> Sampler:
+        """Returns what this adaptation of a sampler is without its updates: what its gain has to be measured against.
+
+        Args:
+            sampler: The method that reconstructs.
+
+        Raises:
+            InputError: A sampler that cannot be adapted so.
+        """
+        return self._steps_of(sampler, None)
+
+    def _steps_of(self, sampler: Sampler, unadapted: Denoised | None) -> Sampler:
+        """Returns the sampler with the noise and the output that were asked for.
+
+        Args:
+            sampler: The method that reconstructs; unchanged.
+            unadapted: Where noise comes from; the evaluation from which an estimate was made if None.
+        """
+        if (self.noise_from, self.output) == ("estimate", "estimate"):
+            return sampler
+        if sampler.transition.stays_at_level:
+            raise InputError(
+                f"{type(sampler.transition).__name__} does not ask what noise the state holds: set noise_from and "
+                "output to estimate, or take a transition such as DDIM."
+            )
+        sampler = copy.copy(sampler)
+        if self.output == "denoised":
+            sampler.transition = DenoisedOutput(sampler.transition)
+        if self.noise_from != "estimate":
+            sampler.transition = PriorNoise(sampler.transition, unadapted)
+        return sampler
 
     def optimiser(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """Returns a fresh optimiser."""
@@ -310,13 +332,23 @@ class AdaptingPrior:
         if self._optimiser is None or not plan.keep_optimiser:
             self._optimiser = plan.optimiser(self._parameters)
 
+        scale = torch.ones((), device=x.device)
+
         def cotangent(denoised: Tensor) -> Tensor:
-            return plan.loss.cotangent(denoised, operator, y) / len(x)
+            # By a power of two, which rounds nothing, to about 1: small gradients would be zero in half precision.
+            nonlocal scale
+            gradient = plan.loss.cotangent(denoised, operator, y) / len(x)
+            exponent = torch.frexp(gradient.abs().max()).exponent.clamp(-100, 100)
+            scale = torch.ldexp(torch.ones_like(scale), -exponent)
+            return gradient * scale
 
         for _ in range(plan.steps):
             self._optimiser.zero_grad()
             with parametrize.cached():  # low-rank corrections are multiplied out once a step, not once a chunk
                 denoised = prior.backpropagate(x, sigma, cotangent, generators=draws)
+            for parameter in self._parameters:
+                if parameter.grad is not None:
+                    parameter.grad /= scale
             self._check_finite(denoised, sigma)
             if plan.discrepancy is not None and bool(plan.discrepancy(operator, y, denoised).all()):
                 self._running = False

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from invrecon.adapt.base import check_positive, private_generator, private_generators
+from invrecon.adapt.base import check_positive, mean_cost, private_generator, private_generators
 from invrecon.adapt.em import ExpectationMaximisation
 from invrecon.adapt.stopping import HeldOutViews, loss_on
-from invrecon.methods.base import Method
+from invrecon.methods.base import Estimate, Method
 from invrecon.methods.classical import TotalVariation
 from invrecon.methods.stopping import restrict_to
 from invrecon.rng import Generators
@@ -30,11 +31,13 @@ class Verdict:
         ratio: Loss on held-out views of the prior's reconstruction over that of the reconstruction without a prior.
         learning: What is left of that loss after a few rounds of learning from the measurement; None if not asked.
         suited: Whether the prior suits the measurement.
+        stats: What the test has spent: `num_evaluations` and `num_operator_calls` a case.
     """
 
     ratio: float
     learning: float | None
     suited: bool
+    stats: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
         words = "in distribution" if self.suited else "out of distribution"
@@ -45,20 +48,23 @@ class Verdict:
 class SuitabilityTest:
     r"""Asks views that a reconstruction has not seen whether its prior knows what can be known.
 
-        ratio    = || A_h x_prior - y_h ||^2 / || A_h x_TV - y_h ||^2
-        learning = || A_h x_adapted - y_h ||^2 / || A_h x_prior - y_h ||^2
+        l(x)     = || A_h x - y_h ||^2 / m - sigma_y^2
+        ratio    = l(x_prior) / l(x_TV)
+        learning = l(x_adapted) / l(x_prior)
 
-    over held-out views `h`, everything reconstructed and learned from the other views. A prior is out of distribution
-    for this case if it predicts unseen views hardly better than no prior at all (total variation), or if a few rounds
-    of expectation maximisation on the measurement predict them better still. Nothing has to be calibrated on other
-    data: difficulty, noise and geometry of the case are in numerator and denominator alike. With few views it is one
-    view that decides, so a verdict on a single slice can be wrong.
+    over `m` held-out rows `h`, everything reconstructed and learned from the other views. A prior is out of
+    distribution for this case if it predicts unseen views hardly better than no prior at all (total variation), or if
+    a few rounds of expectation maximisation on the measurement predict them better still. Nothing has to be calibrated
+    on other data: difficulty and geometry of the case are in numerator and denominator alike, and the noise of the
+    held-out rows, which nothing could predict, is taken off both where its level is known. What is left is no less than
+    its own standard error, `sigma_y^2 sqrt(2 / m)`; a prior that comes down to that suits, as far as can be seen. With
+    few views it is one view that decides, so a verdict on a single slice can be wrong.
 
     Args:
         threshold: Ratio from which the prior is unsuited.
         gain: Share of the loss to which learning has to bring it down for the prior to be unsuited.
         held_out: The views.
-        reference: The reconstruction without a prior.
+        reference: The reconstruction without a prior; total variation if None, between 0 and 1 for real images.
         learner: What learns; two rounds if None. It is not asked where the ratio has already decided.
 
     Raises:
@@ -76,7 +82,7 @@ class SuitabilityTest:
         check_positive(threshold=threshold, gain=gain)
         self.threshold, self.gain = float(threshold), float(gain)
         self.held_out = HeldOutViews() if held_out is None else held_out
-        self.reference = TotalVariation(num_iterations=500) if reference is None else reference
+        self.reference = reference
         self.learner = ExpectationMaximisation(rounds=2) if learner is None else learner
 
     @torch.no_grad()
@@ -86,16 +92,26 @@ class SuitabilityTest:
         """Returns the verdict on cases taken together; draws from private generators alone."""
         kept, unseen = self.held_out.split(0, operator, y, private_generator(generators, "suitability"))
         seen, y_seen = restrict_to(operator, y, kept)
+        std = operator.whiten(y)[2]
+        noise = 0.0 if std is None else float(std.double().square().mean())
+        floor = max(noise * math.sqrt(2 / int(unseen.sum())), torch.finfo(torch.float32).tiny)
+        spent = {"num_evaluations": 0.0, "num_operator_calls": 0.0}
 
-        def loss(x: Tensor) -> float:
-            return float(loss_on(operator, y, x, unseen).sum())
+        def loss(estimate: Estimate) -> float:
+            for key in spent:
+                spent[key] += mean_cost(estimate, key)
+            return max(float(loss_on(operator, y, estimate.mean, unseen).double().mean()) - noise, floor)
 
         private = private_generators(generators, "suitability")
-        before = loss(sampler(y_seen, seen, prior, generators=private).mean)
-        ratio = before / loss(self.reference(y_seen, seen).mean)
+        before = loss(sampler(y_seen, seen, prior, generators=private))
+        bounds = (-4.0, 4.0) if operator.complex_images else (0.0, 1.0)
+        reference = TotalVariation(num_iterations=500, bounds=bounds) if self.reference is None else self.reference
+        ratio = before / loss(reference(y_seen, seen))
+        if noise and before == floor:
+            return Verdict(ratio, None, True, spent)
         if ratio >= self.threshold:
-            return Verdict(ratio, None, False)
+            return Verdict(ratio, None, False, spent)
         private = private_generators(generators, "suitability")
         learnt, _ = self.learner.adapt(y_seen, seen, prior, sampler, private)
-        learning = loss(learnt.mean) / before
-        return Verdict(ratio, learning, learning > self.gain)
+        learning = loss(learnt) / before
+        return Verdict(ratio, learning, learning > self.gain, spent)

@@ -41,13 +41,14 @@ class Biases(Trainable):
 
     Args:
         norms: Whether the gains of normalisations adapt as well.
-        exclude: Regular expression; modules whose dotted name it matches anywhere stay frozen. None excludes none.
+        exclude: Regular expression; modules whose dotted name it matches anywhere stay frozen; None excludes none. By
+            default the noise embedding of our networks, of guided diffusion's and of EDM's.
 
     Raises:
         InputError: `exclude` is no regular expression.
     """
 
-    def __init__(self, norms: bool = False, exclude: str | None = "embedding") -> None:
+    def __init__(self, norms: bool = False, exclude: str | None = "embedding|^time_embed|^map_") -> None:
         self.norms = norms
         self.exclude = exclude
         self._excluded = None if exclude is None else _pattern(exclude, "Biases: exclude")

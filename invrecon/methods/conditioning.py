@@ -124,19 +124,29 @@ class ProximalConditioning(Conditioning):
     def __call__(self, prior: DifferentiableDenoiser, operator: LinearOperator, y: Tensor) -> Denoiser:
         """Returns `prox o D`."""
         operator, y, std = operator.whiten(y)
-        cap = self.max_weight / operator.norm() ** 2
+        norm = operator.norm()
 
         def conditional(
             x: Tensor, sigma: float | Tensor, *, generators: Sequence[torch.Generator] | None = None
         ) -> Tensor:
             denoised = prior(x, sigma, generators=generators)
-            if std is None:
-                gamma = torch.full(x.shape[:1], cap, dtype=x.dtype, device=x.device)
-            else:
-                gamma = (self.noise_factor * (sigma / std.to(x)) ** 2).clamp(max=cap).expand(x.shape[0])
-            return operator.prox(denoised, y, gamma, max_iter=self.num_iterations)
+            return operator.prox(denoised, y, self.weight(sigma, std, norm, x), max_iter=self.num_iterations)
 
         return conditional
+
+    def weight(self, sigma: float | Tensor, std: Tensor | None, norm: float, like: Tensor) -> Tensor:
+        """Returns `gamma` of every sample, `(B,)`.
+
+        Args:
+            sigma: The level.
+            std: `sigma_y`, `(B,)`; None without noise.
+            norm: `||A||`.
+            like: Samples, for number, dtype and device.
+        """
+        cap = self.max_weight / norm**2
+        if std is None:
+            return torch.full(like.shape[:1], cap, dtype=like.dtype, device=like.device)
+        return (self.noise_factor * (sigma / std.to(like)) ** 2).clamp(max=cap).expand(like.shape[0])
 
 
 class DPSConditioning(Conditioning):

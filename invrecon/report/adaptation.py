@@ -48,6 +48,7 @@ def encode_trace(trace: Trace, cases: Sequence[str], with_images: bool = False) 
         "num_trainable": trace.num_trainable,
         "movement": trace.movement,
         "verdict": trace.verdict,
+        "watched": trace.watched,
         "cases": list(cases),
         "shown": choose_steps(trace) if with_images else [],
     }
@@ -233,7 +234,7 @@ def _outcome(trace: Record) -> str:
 
 
 def _owner(trace: Record) -> str:
-    return f"slice {int(trace['cases'][0].rsplit('/', 1)[1])}"
+    return f"slice {int(trace['cases'][trace.get('watched') or 0].rsplit('/', 1)[1])}"
 
 
 def _furthest(movement: Mapping[str, float | None]) -> list[tuple[str, float]]:

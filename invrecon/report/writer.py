@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import lightning
+import torch.distributed as dist
 from torch import Tensor
 
 from invrecon.data.intensity import Intensity
@@ -48,6 +50,7 @@ class ResultWriter(lightning.Callback):
         self.store: PredictionStore
         self.fingerprint = ""
         self.drawn: set[str] = set()
+        self.ranks: dist.ProcessGroup | None = None
 
     def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
         """Agrees on the folder, refuses one of another run, and tells the data module what is done."""
@@ -60,6 +63,7 @@ class ResultWriter(lightning.Callback):
         index = data.case_index()
         inputs = [file_identity(path) for path, _ in index if Path(path).exists()]
         self.fingerprint = fingerprint(self._settings(stage, pl_module.pool), pl_module.weights_sha256, inputs)
+        self.ranks = patient_group()
         done = self.store.completed(self.fingerprint)
         trainer.strategy.barrier("completed")  # nobody writes before everybody has looked
         if stage == "predict":
@@ -123,7 +127,8 @@ class ResultWriter(lightning.Callback):
             trace = self._trace(outputs, b, pl_module, with_images=name in self.drawn)
             if trace is not None and trace["shown"]:
                 steps = step_images(outputs.traces[b], trace["shown"])
-                arrays["steps"] = decode(steps if complex_images else steps.clamp(0, 1))
+                theirs = case_intensity(trainer.datamodule.intensity, trace["scale"])
+                arrays["steps"] = theirs.decode(steps if complex_images else steps.clamp(0, 1))
             if complex_images:
                 arrays = {**as_magnitudes(arrays), "maps": stored_maps(batch, b)}
             voxel = batch.voxel_mm[b] if batch.voxel_mm else None
@@ -137,12 +142,15 @@ class ResultWriter(lightning.Callback):
         """How the prior was adapted to a case of the batch; None if it was not."""
         if outputs.traces is None:
             return None
+        trace, owner = outputs.traces[b], b
         sharing = outputs.batch.id if pl_module.pool else [outputs.batch.id[b]]
-        return encode_trace(outputs.traces[b], sharing, with_images)
+        if pl_module.pool:  # whose images the steps hold
+            owner = trace.watched or 0
+        return {**encode_trace(trace, sharing, with_images), "scale": _scale(outputs.batch, owner)}
 
     def on_test_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Writes and prints the table."""
-        trainer.strategy.barrier("written")
+        wait_for_all(self.ranks)
         if trainer.is_global_zero:
             summary = write_metrics(self.output, self.store.rows())
             write_traces(self.output, self.store.traces())
@@ -154,7 +162,7 @@ class ResultWriter(lightning.Callback):
 
     def on_predict_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Writes figures, tables, the page and the volumes."""
-        trainer.strategy.barrier("written")
+        wait_for_all(self.ranks)
         if not trainer.is_global_zero:
             return
         rows = self.store.rows()
@@ -224,7 +232,7 @@ class ResultWriter(lightning.Callback):
             if not path.exists():
                 images = part.arrays.get("steps")
                 names = {"title": f"{title}: {'fit' if is_fit(trace) else 'adaptation'}", "subtitle": pl_module.label}
-                scale = case_intensity(intensity, float(part.row.get("scale", 1.0)))
+                scale = case_intensity(intensity, float(trace.get("scale", part.row.get("scale", 1.0))))
                 adaptation_figure(path, trace, images, intensity=scale, **names)
             captions[path] = f"{title}: {describe_trace(trace)}"
         return captions
@@ -283,6 +291,23 @@ class ResultWriter(lightning.Callback):
             adaptation_heading=heading,
             intensity=intensity,
         )
+
+
+def patient_group() -> dist.ProcessGroup | None:
+    """Returns a group of all ranks in which one may wait for days for another; None where there is but one.
+
+    Cases take their own time where a prior is adapted, and the usual group gives up after half an hour. A rank that
+    dies ends the waiting at once.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(days=30))
+
+
+def wait_for_all(ranks: dist.ProcessGroup | None) -> None:
+    """Returns once every rank has come here."""
+    if ranks is not None:
+        dist.barrier(group=ranks)
 
 
 def _scale(batch: Any, b: int) -> float:

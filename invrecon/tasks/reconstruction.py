@@ -256,7 +256,7 @@ class Reconstruction(lightning.LightningModule):
                 "peak_memory_mb": _peak_memory_mb(self.device),
                 "seed": self.seed,
                 "measurement": self._measurement(batch, operator),
-                **({} if traces is None else trace_columns(traces[b])),
+                **({} if traces is None else trace_columns(traces[b], b)),
             }
             rows.append(row)
         baseline = None if y is None else operator.baseline(y)
@@ -344,14 +344,20 @@ def crop_estimate(estimate: Estimate, matrix: tuple[int, int]) -> Estimate:
     return replace(estimate, mean=crop(estimate.mean, matrix), samples=samples, std=std)
 
 
-def trace_columns(trace: Trace) -> dict[str, Any]:
-    """Returns what `metrics.csv` says of an adaptation or a fit: losses are the last ones of the weights in use."""
+def trace_columns(trace: Trace, case: int = 0) -> dict[str, Any]:
+    """Returns what `metrics.csv` says of an adaptation or a fit: losses are the last ones of the weights in use.
+
+    Args:
+        trace: How it went.
+        case: Number of the case among those of the trace; losses of another one are not its own, and left out.
+    """
     used = trace.steps[: trace.stopped_at + 1]
+    own = trace.watched in (None, case)
     held_out = [loss for loss in (step.held_out_loss for step in used) if loss is not None and math.isfinite(loss)]
     columns = {
         "stopped_at": used[-1].name if used else "unadapted",
-        "data_loss": used[-1].data_loss if used else None,
-        "held_out_loss": held_out[-1] if held_out else None,
+        "data_loss": used[-1].data_loss if used and own else None,
+        "held_out_loss": held_out[-1] if held_out and own else None,
         "num_trainable": None if trace.steps and not trace.num_trainable else trace.num_trainable,  # of a prior
         "verdict": trace.verdict or None,
     }

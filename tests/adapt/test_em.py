@@ -6,15 +6,20 @@ import pytest
 import torch
 
 from invrecon.adapt import ExpectationMaximisation, HeldOutViews, LoRA, SuitabilityTest, Trace
+from invrecon.adapt.base import mean_cost
+from invrecon.adapt.em import _Learner, spread
 from invrecon.data.phantoms import ellipse_phantom
 from invrecon.errors import InputError
 from invrecon.methods import ProximalDiffusion
-from invrecon.operators import ParallelBeamCT, RelativeGaussianNoise
+from invrecon.methods.base import Estimate
+from invrecon.operators import CartesianMRI, ParallelBeamCT, RelativeGaussianNoise
 from invrecon.priors.analytic import GaussianPrior
 from invrecon.priors.edm import EDMDenoiser
 from invrecon.priors.patch import PatchPrior, WholePrior
 from invrecon.priors.unet import UNet
+from invrecon.report.adaptation import describe_trace, encode_trace
 from invrecon.rng import make_generator, make_generators
+from invrecon.tasks.reconstruction import trace_columns
 
 SIZE = 24
 
@@ -112,6 +117,77 @@ def test_a_pool_shares_one_adapter() -> None:
     assert alone[0].movement != traces[0].movement
 
 
+@pytest.mark.parametrize(("num", "rounds"), [(2, 3), (5, 8), (9, 4), (32, 8), (33, 7)])
+def test_those_that_teach_are_spread_over_the_pool(num: int, rounds: int) -> None:
+    watched = num // 2
+    teachers = spread(num, watched, rounds)
+    assert len(teachers) == rounds and watched not in teachers and set(teachers) <= set(range(num))
+    assert len(set(teachers)) == min(rounds, num - 1)
+    gaps = torch.tensor([-1, *sorted(set(teachers)), num]).diff()
+    assert gaps.max() <= 1 + 2 * -(-num // min(rounds, num - 1))
+    assert spread(1, 0, rounds) == []
+
+
+def test_a_pool_tells_of_the_case_that_it_watches() -> None:
+    x, y, operator = make_cases(3)
+    _, (trace, *_) = run(make_em(), y, operator, make_prior(), pool=True)
+    assert trace.watched == 1
+    distance = [(trace.steps[-1].image - one).square().mean() for one in x]
+    assert int(torch.stack(distance).argmin()) == 1
+    record = encode_trace(trace, ["scan/0007", "scan/0008", "scan/0009"])
+    assert "of slice 8" in describe_trace(record)
+    columns = [trace_columns(trace, case) for case in range(3)]
+    assert ["data_loss" in column for column in columns] == [False, True, False]
+    assert run(make_em(), y[:1], operator, make_prior())[1][0].watched is None
+
+
+def test_the_data_loss_joins_in() -> None:
+    _, y, operator = make_cases()
+    losses = {}
+    for weight in (0.0, 100.0):
+        em = make_em(rounds=1, steps=12, ema=0.0, sigma_min=0.099, data_weight=weight)
+        learner = _Learner(em, make_prior(), torch.Generator().manual_seed(0))
+        x = SAMPLER(y, operator, make_prior(), generators=make_generators(0, ["a"])).mean
+        spent = learner.learn(x, 1, operator, y, x)
+        noisy = x + 0.099 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+        denoised = learner.adapted(noisy, 0.099, generators=make_generators(0, ["b"])).detach()
+        losses[weight] = float((operator(denoised) - y).square().mean())
+        assert (learner.num_operator_calls > 0) == (weight > 0) and spent > 12 * (weight > 0)
+    assert losses[100.0] < 0.9 * losses[0.0]
+    with pytest.raises(InputError, match="data_weight"):
+        make_em(data_weight=-1.0)
+
+
+def test_rounds_end_where_the_noise_explains_the_rest() -> None:
+    _, y, operator = make_cases(noise=0.05)
+    _, (trace,) = run(make_em(rounds=3, discrepancy=1e6), y, operator, make_prior())
+    assert len(trace.steps) == 1 and "noise" in trace.reason and set(trace.movement.values()) == {0.0}
+    _, (trace,) = run(make_em(rounds=3, discrepancy=1e-6), y, operator, make_prior())
+    assert len(trace.steps) == 4
+
+
+def test_what_it_spends_is_counted() -> None:
+    _, y, operator = make_cases()
+    plain = SAMPLER(y, operator, make_prior(), generators=make_generators(0, ["a"])).stats
+    adapted = run(make_em(), y, operator, make_prior())[0].stats
+    for key in ("num_evaluations", "num_operator_calls"):
+        assert mean_cost(Estimate(y, stats=adapted), key) > 1.5 * mean_cost(Estimate(y, stats=plain), key)
+
+
+def test_the_defaults_serve_complex_images() -> None:
+    operator = CartesianMRI(SIZE)
+    operator._set_mask(torch.ones(1, 1, SIZE))
+    operator.noise_std = torch.tensor([0.01])
+    torch.manual_seed(0)
+    prior = PatchPrior(EDMDenoiser(UNet(image_channels=2, base_channels=8, multipliers=(1, 2)), 0.3), 8)
+    y = operator(0.1 * torch.randn(1, 2, SIZE, SIZE))
+    em = ExpectationMaximisation(rounds=1, steps=1, num_pixels=256)
+    sampler = ProximalDiffusion(num_levels=2, clip=None)
+    suitability = SuitabilityTest(learner=ExpectationMaximisation(rounds=1, steps=1, num_pixels=256))
+    estimate, (trace,) = em(y, operator, prior, sampler, make_generators(0, ["a"]), suitability=suitability)
+    assert estimate.mean.isfinite().all() and "distribution" in trace.verdict
+
+
 def test_held_out_views_choose_the_round_and_are_never_seen() -> None:
     _, y, operator = make_cases()
     em = make_em(rounds=6, learning_rate=10.0, held_out=HeldOutViews(0.1, patience=2))  # a rate that can only ruin
@@ -190,3 +266,16 @@ def test_a_prior_that_suits_is_not_adapted() -> None:
     estimate, (trace,) = Never()(y, operator, known, SAMPLER, make_generators(0, ["a"]), suitability=suitability)
     assert "suits" in trace.reason and "in distribution" in trace.verdict
     assert torch.equal(estimate.mean, SAMPLER(y, operator, known, generators=make_generators(0, ["a"])).mean)
+
+
+@pytest.mark.parametrize("noise", [0.03, 0.1])
+def test_noise_is_nobodys_fault(noise: float) -> None:
+    """What nothing could predict of unseen views, their noise, is held against no prior."""
+    x, y, operator = make_cases(noise=noise)
+    covariance = 1e-4 * torch.eye(x[0].numel())
+    known, strange = GaussianPrior(x[0], covariance), GaussianPrior(1 - x[0], covariance)
+    for prior, suited in ((known, True), (strange, False)):
+        test = SuitabilityTest(learner=Learns(known))
+        verdict = test(y, operator, prior, SAMPLER, make_generators(0, ["a"]))
+        assert verdict.suited == suited, verdict
+        assert verdict.stats["num_evaluations"] >= 4 and verdict.stats["num_operator_calls"] > 100

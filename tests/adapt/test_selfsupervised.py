@@ -25,12 +25,14 @@ from invrecon.methods.sampling import ProximalDiffusion, Sampler
 from invrecon.methods.schedule import KarrasSchedule
 from invrecon.methods.start import NoiseStart
 from invrecon.methods.transitions import DDIM, DDSTransition
+from invrecon.operators.base import LinearOperator
 from invrecon.operators.ct import ParallelBeamCT
 from invrecon.priors.base import Prior
 from invrecon.priors.edm import EDMDenoiser
 from invrecon.priors.patch import PatchPrior, WholePrior
 from invrecon.priors.unet import UNet
 from invrecon.rng import make_generators
+from tests.priors.foreign import CONFIGS, network
 from tests.priors.test_unet import awake
 
 SIZE = 16
@@ -87,6 +89,31 @@ def test_without_a_rate_it_is_the_sampler_bit_for_bit(sampler: Sampler, patches:
     assert torch.equal(adapted.mean, plain.mean)
     assert set(trace.movement.values()) == {0.0}
     assert all(step.held_out_loss is not None for step in trace.steps)
+
+
+@pytest.mark.parametrize("preset", [SCD, DDIP, PatchSelfSupervision, WholeSelfSupervision])
+def test_the_control_of_a_published_recipe_is_the_recipe_without_updates(preset: type[SelfSupervised]) -> None:
+    prior, y, sampler = make_prior(), measure(), dds(5)
+    plan = preset(steps=1, learning_rate=0.0)
+    control = plan.control(sampler)(y, OPERATOR, prior, generators=make_generators(0, ["a"])).mean
+    assert torch.equal(run(plan, sampler, prior, y)[0].mean, control)
+    assert not torch.equal(sampler(y, OPERATOR, prior, generators=make_generators(0, ["a"])).mean, control)
+
+
+def test_small_gradients_survive_half_precision() -> None:
+    """A loss that is a billionth has a gradient that half precision has no numbers for."""
+    y = measure()
+
+    class Small(DataLoss):
+        def cotangent(self, denoised: Tensor, operator: LinearOperator, y: Tensor) -> Tensor:
+            return 1e-9 * super().cotangent(denoised, operator, y)
+
+    moved = []
+    for precision in ("16", "32"):
+        plan = SelfSupervised(loss=Small(), learning_rate=1e-3, steps=1)
+        moved.append(run(plan, fast(1), make_prior(precision=precision), y)[1][0].movement)
+    for name, value in moved[1].items():
+        assert moved[0][name] == pytest.approx(value, rel=0.3), name
 
 
 def test_the_prior_stays_as_it_was_whatever_happens() -> None:
@@ -280,23 +307,42 @@ def test_what_cannot_be_is_refused() -> None:
 
 def test_presets_adapt_what_was_published() -> None:
     prior, y = make_prior(attention=True), measure()
-    network = prior.denoiser.network
-    layers = {n: m for n, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    own = prior.denoiser.network
+    layers = {n: m for n, m in own.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     inside = [m for n, m in layers.items() if n.split(".")[0] in ("encoder", "bottleneck", "attention", "decoder")]
     assert {n for n in layers if not re.search(BLOCKS, n)} == {
         "embedding.mlp.0", "embedding.mlp.2", "stem", "narrow.0", "head"
     }  # fmt: skip
-    named = network.named_parameters()
+    named = own.named_parameters()
     biases = sum(p.numel() for n, p in named if n.endswith("bias") and "embedding" not in n)
 
     def lora(rank: int) -> int:
         return sum(rank * (m.weight[0].numel() + m.weight.shape[0]) for m in inside)
 
-    every = sum(p.numel() for p in network.parameters())
+    every = sum(p.numel() for p in own.parameters())
     expected = {SCD: lora(12), DDIP: lora(4) + biases, PatchSelfSupervision: every, WholeSelfSupervision: every}
     for preset, count in expected.items():
         _, (trace,) = run(preset(steps=1), dds(3), prior, y)
         assert trace.num_trainable == count
+
+
+@pytest.mark.parametrize(
+    ("family", "outside"),
+    [
+        ("guided", {"time_embed.0", "time_embed.2", "input_blocks.0.0", "out.2"}),
+        ("song", {"enc.16x16_conv", "dec.16x16_aux_conv", "map_layer0", "map_layer1"}),
+        ("dhariwal", {"enc.16x16_conv", "map_layer0", "map_layer1", "out_conv"}),
+    ],
+)
+def test_presets_adapt_the_blocks_of_the_networks_they_were_published_with(family: str, outside: set[str]) -> None:
+    built = network(*CONFIGS[family])
+    layers = {n for n, m in built.named_modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Linear)}
+    assert {n for n in layers if not re.search(BLOCKS, n)} == outside
+    free = DDIP().trainable.attach(built)
+    biases = sum(p.numel() for n, p in built.named_parameters() if n.endswith("bias") and p.requires_grad)
+    embedding = sum(p.numel() for n, p in built.named_parameters() if n.endswith("bias") and not p.requires_grad)
+    assert sum(p.numel() for p in free) > biases > 0
+    assert embedding == sum(p.numel() for n, p in built.named_parameters() if re.match(r"(time_embed|map_).*bias$", n))
 
 
 def test_shipped_samplers_have_the_published_numbers(root: Path) -> None:

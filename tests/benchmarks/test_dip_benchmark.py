@@ -53,7 +53,11 @@ def tiny(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(dip, "FITS", fits)
     monkeypatch.setattr(_dip, "EVERY", 5)
     monkeypatch.setattr(mri, "ITERATIONS", {"tv": 25})
-    monkeypatch.setattr(mri, "load_method", lambda config: ProximalDiffusion(num_levels=2, clip=None))
+    methods = {
+        "udig_dip_mri": UDiGDIP(Purification(num_levels=2)),
+        "recon_mri": ProximalDiffusion(num_levels=2, clip=None),
+    }
+    monkeypatch.setattr(mri, "load_method", methods.__getitem__)
     monkeypatch.setattr(dip, "ProximalDiffusion", partial(ProximalDiffusion, num_levels=2))
     monkeypatch.setattr(dip, "TotalVariation", partial(TotalVariation, num_iterations=25))
     for known in (dip.SETTINGS, dip.TUNING):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from invrecon.errors import InputError
 from invrecon.methods.base import check_prior
+from invrecon.methods.conditioning import ProximalConditioning
 from invrecon.methods.counting import CountingPrior
 from invrecon.methods.dip.fit import FittedEstimate, NetworkFit, NetworkInput, Observer
 from invrecon.methods.dip.fixed import FixedInput, first_image
@@ -140,8 +141,8 @@ class Purification:
     def __init__(
         self,
         sigma_max: float = 0.2,
-        sigma_min: float = 0.02,
-        num_levels: int = 10,
+        sigma_min: float = 0.05,
+        num_levels: int = 1,
         sigma_end: float = 0.005,
         transition: Transition | None = None,
     ) -> None:
@@ -180,6 +181,7 @@ class PurifiedInput(SequentialInput):
         num_inner: Iterations an input.
         purification: How.
         sigmas: Its levels.
+        cg_iterations: Of the data step before; 0 leaves it out.
         prior: The diffusion prior.
         generator: The case's own.
     """
@@ -192,41 +194,56 @@ class PurifiedInput(SequentialInput):
         num_inner: int,
         purification: Purification,
         sigmas: list[float],
+        cg_iterations: int,
         prior: CountingPrior,
         generator: torch.Generator,
     ) -> None:
         super().__init__(z, data, weight, num_inner)
-        self.purification, self.sigmas, self.prior, self.generator = purification, sigmas, prior, generator
+        self.purification, self.sigmas, self.cg_iterations = purification, sigmas, cg_iterations
+        self.prior, self.generator = prior, generator
 
     def following(self, x: Tensor, round_: int) -> Tensor:
         """Returns the purified output."""
-        z = self.purification(x, self.sigmas[round_ - 1], self.prior, [self.generator])
+        sigma = self.sigmas[round_ - 1]
+        z = self.purification(self.consistent(x, sigma), sigma, self.prior, [self.generator])
         check_channels(z.shape[1], x.shape[1])
         return z
+
+    def consistent(self, x: Tensor, sigma: float) -> Tensor:
+        """Returns the output closer to the rows that the fit sees; how close, as `ProximalConditioning` has it."""
+        if not self.cg_iterations:
+            return x
+        step = ProximalConditioning(self.cg_iterations, noise_factor=5.0)
+        operator, std = self.data.fitted_operator, self.data.std
+        weight = step.weight(sigma, None if std is None else x.new_tensor([std]), operator.norm(), x)
+        return operator.prox(x, self.data.fitted_y, weight, max_iter=step.num_iterations)
 
 
 class UDiGDIP(ASeqDIP):
     r"""uDiG-DIP: a deep image prior whose output is purified by a diffusion prior, and fed back.
 
     $$ \theta_{k+1} \approx \arg\min_\theta \|A f_\theta(z_k) - y\|^2 + \lambda \|A\|^2 \|f_\theta(z_k) - z_k\|^2,
-       \quad z_{k+1} = \mathrm{purify}(f_{\theta_{k+1}}(z_k), \sigma_k) $$
+       \quad z_{k+1} = \mathrm{purify}(\mathrm{prox}(f_{\theta_{k+1}}(z_k)), \sigma_k) $$
 
-    with `sigma_k` falling, and the estimate `f_theta(z_k)`. The measurement is seen by the network alone, the prior
-    is unconditional, and no gradient goes through it: any denoiser of such images serves. The fit is kept near
-    images of the prior, so that it explains noise late or never.
+    with `sigma_k` falling, and the estimate `f_theta(z_k)`. The prior is unconditional, and no gradient goes through
+    it: any denoiser of such images serves. The fit is kept near images of the prior, so that it explains noise late or
+    never. `prox` is the data step of `ProximalConditioning` on the rows that the fit sees: a network explains the fine
+    detail of a measurement long after the coarse one, and what it has not explained yet would be lost to the prior.
 
-    At most 290 evaluations, 10 between two rounds; an iteration (at most 3000) is a forward and a backward pass of the
+    At most 29 evaluations, one between two rounds; an iteration (at most 3000) is a forward and a backward pass of the
     fitted network, with two operator calls. Asks of the operator that gradients go through it, a direct inverse for the
     image's unit and the start, and images of two dimensions; of the prior nothing but `D`, of images with as many
     channels.
 
     Source: Liang, Alkhouri, Bell, Qu, Wang & Ravishankar, "Sequential diffusion-guided deep image prior for medical
-    image reconstruction", ICASSP 2025. Level, rounds and steps were not published; these are our own.
+    image reconstruction", ICASSP 2025, without the data step, whose place in the authors' MRI code is taken by
+    measured k-space. Level, rounds and steps were not published; these are our own.
 
     Args:
         purification: What comes between rounds; `Purification()` if None.
         weight: `lambda`, in units of the data term.
         num_inner: Steps a round.
+        cg_iterations: CG iterations of the data step; 0 leaves it out.
         start: The first input; the direct inverse of the rows that the fit sees if None.
         network: What is fitted; `DIPUNet()` if None.
         num_iterations: Most steps of Adam, of all rounds.
@@ -244,8 +261,9 @@ class UDiGDIP(ASeqDIP):
     def __init__(
         self,
         purification: Purification | None = None,
-        weight: float = 0.01,
+        weight: float = 0.1,
         num_inner: int = 100,
+        cg_iterations: int = 10,
         start: Start | None = None,
         network: FittedNetwork | None = None,
         num_iterations: int = 3000,
@@ -255,7 +273,10 @@ class UDiGDIP(ASeqDIP):
         clip: tuple[float, float] | None = None,
     ) -> None:
         super().__init__(weight, num_inner, start, network, num_iterations, learning_rate, stop, averaging, clip)
+        if cg_iterations < 0:
+            raise InputError(f"UDiGDIP: cg_iterations is {cg_iterations}, but it must not be negative.")
         self.purification = Purification() if purification is None else purification
+        self.cg_iterations = cg_iterations
 
     @property
     def num_purifications(self) -> int:
@@ -287,7 +308,8 @@ class UDiGDIP(ASeqDIP):
         assert prior is not None
         z = first_image(self.start, data, generator, f"The start of {type(self).__name__}")
         sigmas = self.purification.sigmas(max(1, self.num_purifications))
-        return PurifiedInput(z, data, self.weight, self.num_inner, self.purification, sigmas, prior, generator)
+        own = (self.weight, self.num_inner, self.purification, sigmas, self.cg_iterations)
+        return PurifiedInput(z, data, *own, prior, generator)
 
 
 def check_channels(num: int | None, expected: int) -> None:
