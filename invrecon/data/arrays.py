@@ -27,7 +27,15 @@ class ArrayFile(KSpace):
         self.path, self.dataset, attrs = path, dataset, {}
         if suffix_of(path) in HDF5_SUFFIXES:
             with open_hdf5(path) as file:
-                shape, dtype = file[dataset].shape, file[dataset].dtype
+                stored = file[dataset]
+                if not hasattr(stored, "dtype"):
+                    raise InputError(f"'{dataset}' of {path} is a group, expected a dataset of complex k-space.")
+                if "mask" in file:
+                    raise InputError(
+                        f"{path} states a mask beside '{dataset}', which only files of fastMRI's format do: add "
+                        "'ismrmrd_header', or set what was not measured to zero and leave the mask out."
+                    )
+                shape, dtype = stored.shape, stored.dtype
                 attrs = {**file.attrs, **file[dataset].attrs}
                 self.voxel_mm = read_voxel_mm(path, attrs)
                 patient = text_of(file.attrs.get("patient", ""))

@@ -32,6 +32,8 @@ class FastMRIFile(KSpace):
         self.path = path
         with open_hdf5(path) as file:
             stored = file["kspace"]
+            if not hasattr(stored, "dtype"):
+                raise InputError(f"'kspace' of {path} is a group, expected a dataset of complex k-space.")
             if stored.dtype.kind != "c" or stored.ndim not in (3, 4):
                 raise InputError(
                     f"'kspace' of {path} is {stored.dtype} of shape {stored.shape}, expected complex (slices, coils, "
@@ -55,17 +57,17 @@ class FastMRIFile(KSpace):
         try:
             self.metadata, _ = fastmri_slices()._retrieve_metadata(path)
             field = header_values(header, "encodedSpace", "fieldOfView_mm")
+            encoded, asked = self.metadata["encoding_size"], self.metadata["recon_size"]
+            self.voxel_mm = (field[2] / encoded[2], field[0] / encoded[0], field[1] / encoded[1])
         except Exception as error:
             raise InputError(
                 f"The ISMRMRD header of {path} is not understood ({brief(error)}); expected XML with encodedSpace, "
                 "reconSpace and encodingLimits, as fastMRI's files have it."
             ) from error
-        encoded, asked = self.metadata["encoding_size"], self.metadata["recon_size"]
         check_matrix(path, encoded[:2], shape[2:])
         height, width = min(asked[0], shape[2]), min(asked[1], shape[3])
         self.shape = (shape[0], shape[1], height, shape[3])
         self.matrix = (height, width)
-        self.voxel_mm = (field[2] / encoded[2], field[0] / encoded[0], field[1] / encoded[1])
         self.patient = text_of(self.metadata.get("patient_id", "")) or self.stem
 
     def _read(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:

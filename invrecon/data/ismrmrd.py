@@ -23,7 +23,7 @@ GROUP = "dataset"
 # feedback, coil correction and phase stabilisation.
 CENTRE = ["encoding", "encodingLimits", "kspace_encoding_step_1", "center"]
 BANDWIDTH = ["acquisitionSystemInformation", "relativeReceiverNoiseBandwidth"]
-NOISE = 19
+NOISE, REVERSED = 19, 22
 LEAST_SAMPLES = 10  # of noise, a coil
 NOT_IMAGING = (NOISE, 23, 24, 26, 27, 28, 29, 30, 31)
 SINGLE = ("kspace_encode_step_2", "contrast", "phase", "repetition", "set")
@@ -46,6 +46,7 @@ class ISMRMRDFile(KSpace):
                 encoded = header_values(xml, "encodedSpace", "matrixSize")
                 asked = header_values(xml, "reconSpace", "matrixSize")
                 field = header_values(xml, "encodedSpace", "fieldOfView_mm")
+                self.voxel_mm = (field[2] / encoded[2], field[0] / encoded[0], field[1] / encoded[1])
                 self._centre = int(_entry(xml, CENTRE, int(encoded[1]) // 2))
             except Exception as error:
                 raise InputError(
@@ -64,7 +65,6 @@ class ISMRMRDFile(KSpace):
         height, width = min(int(asked[0]), self._encoded[0]), min(int(asked[1]), self._encoded[1])
         self.shape, self.matrix = (*self.shape[:2], height, self._encoded[1]), (height, width)
         self.states_mask = len(np.unique(self._columns())) < self._encoded[1]
-        self.voxel_mm = (field[2] / encoded[2], field[0] / encoded[0], field[1] / encoded[1])
 
     @property
     def noise_covariance(self) -> Tensor | None:  # type: ignore[override]
@@ -115,6 +115,11 @@ class ISMRMRDFile(KSpace):
                 f"{self.path} holds several values of {', '.join(several)}, expected slices of one contrast in two "
                 "dimensions: write one of them to a file of its own (a third dimension transformed to images)."
             )
+        if (heads["flags"] & np.uint64(1 << (REVERSED - 1))).any():
+            raise InputError(
+                f"{self.path} holds readouts that were acquired backwards (echo-planar): reverse them, and correct "
+                "their phase, when converting the scan."
+            )
         if (heads["trajectory_dimensions"] > 0).any():
             raise InputError(f"{self.path} holds readouts along trajectories, expected Cartesian ones.")
         if len(np.unique(heads["active_channels"])) > 1:
@@ -133,7 +138,7 @@ class ISMRMRDFile(KSpace):
         chosen = np.nonzero(self._heads["idx"]["slice"] == index)[0]
         num_coils, columns = self.shape[1], self._columns()
         total = np.zeros((num_coils, *self._encoded), dtype=np.complex64)
-        count = np.zeros(self._encoded[1], dtype=int)
+        count = np.zeros(self._encoded, dtype=int)
         with open_hdf5(self.path) as file:
             stored = file[GROUP]["data"]
             for n in chosen:
@@ -142,8 +147,8 @@ class ISMRMRDFile(KSpace):
                 values = values.reshape(num_coils, -1)
                 top = self._encoded[0] // 2 - int(head["center_sample"])
                 total[:, top : top + values.shape[1], line] += values
-                count[line] += 1
-        return total / np.maximum(count, 1), count[None] > 0
+                count[top : top + values.shape[1], line] += 1
+        return total / np.maximum(count, 1), count > 0
 
 
 def is_ismrmrd(file: Any) -> bool:

@@ -89,12 +89,18 @@ class KSpace(ABC):
             kept = torch.from_numpy(mask) & kept.any(0).expand(z.shape[1:])
         if not kept.any() or not z.any():
             raise InputError(f"The k-space of slice {index} in {self.path} is zero throughout; leave the slice out.")
-        z, kept = crop_readout(z * kept, self.shape[2]), kept[: self.shape[2]]
+        _check_centred(z * kept, f"slice {index} in {self.path}")
+        # Without oversampling rows lie further apart in k-space: one in H / n is left.
+        rows = (torch.arange(self.shape[2]) - self.shape[2] // 2) * z.shape[1] / self.shape[2] + z.shape[1] // 2
+        z, kept = crop_readout(z * kept, self.shape[2]), kept[rows.round().long().clamp(0, z.shape[1] - 1)]
         return complex_to_pairs(z), kept.clone()
 
     @abstractmethod
     def _read(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """Returns slice `index` as stored, complex `(coils, H', W)`, and the mask `(1, W)` that the file states."""
+        """Returns slice `index` as stored, complex `(coils, H', W)`, and the mask that the file states.
+
+        The mask is `(1, W)` or `(H', W)`; None if there is none.
+        """
 
     def _finish(self, shape: tuple[int, ...], patient: str = "") -> None:
         """Checks the shape; every reader's constructor ends here."""
@@ -104,8 +110,27 @@ class KSpace(ABC):
                 f"The k-space of {self.path} has {what}, expected (slices, coils, rows, columns) with at least one of "
                 "each; see that the file was written to the end."
             )
+        if shape[1] > min(shape[2:]):
+            raise InputError(
+                f"The k-space of {self.path} has the shape {shape}: {shape[1]} coils of {shape[2]} x {shape[3]}. "
+                "Expected is (slices, coils, rows, columns); bring the axes into that order."
+            )
         self.shape = (shape[0], shape[1], shape[2], shape[3])
         self.patient = patient or self.stem
+
+
+def _check_centred(z: Tensor, what: str) -> None:
+    """Raises `InputError` if what is strong in complex k-space `(coils, H, W)` is at its borders: then it is none."""
+    power = z.abs().square().sum(0)
+    H, W = power.shape
+    inner = power[H // 4 : H - H // 4, W // 4 : W - W // 4]
+    if min(H, W) >= 8 and float(power.max()) > 100 * float(power.mean()) and float(inner.max()) < float(power.max()):
+        row, column = divmod(int(power.argmax()), W)
+        raise InputError(
+            f"The strongest sample of {what} is in row {row} and column {column} of {H} x {W}, expected near the "
+            "middle: k-space comes with its centre in the middle (fftshift), with axes in the order (slices, coils, "
+            "rows, columns), and not as images."
+        )
 
 
 def crop_readout(z: Tensor, num: int) -> Tensor:

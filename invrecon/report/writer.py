@@ -195,7 +195,7 @@ class ResultWriter(lightning.Callback):
         write_csv(self.output / "volumes.csv", rows)
         means = {name: fmean(row[name] for row in rows) for name in ("nmse", "psnr", "ssim")}
         write_json(self.output / "summary.json", {**summary, "volumes": {**means, "num_volumes": len(rows)}})
-        what = f"{len(rows)} whole volume{'s' * (len(rows) != 1)}, as fastMRI judges them"
+        what = f"{len(rows)} whole volume{'s' * (len(rows) != 1)}, by fastMRI's formulas"
         return f"{what}: NMSE {means['nmse']:.4f}, PSNR {means['psnr']:.2f} dB, SSIM {means['ssim']:.4f}\n"
 
     def _figure(self, part: Part, what: str = "") -> Path:

@@ -270,7 +270,8 @@ class Reconstruction(lightning.LightningModule):
             coils = f"{operator.num_coils} coil{'s' * (operator.num_coils > 1)}"
             what = f"{type(operator).__name__}, {coils}, {' x '.join(map(str, operator.measurement_shape[1:-1]))}"
         if batch.measurement is not None:
-            return f"{what}, measured"
+            undersampled = batch.reference is not None and batch.mask is not None and not bool(batch.mask.all())
+            return f"{what}, measured{', undersampled afterwards' if undersampled else ''}"
         if batch.reference is None:
             return "none"
         finer = batch.reference.shape[-1] // operator.image_shape[-1]

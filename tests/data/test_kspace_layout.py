@@ -1,0 +1,112 @@
+"""K-space in another layout than ours is refused, and what a file did not measure is not taken for measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from invrecon.data.kspace import KSpace
+from invrecon.data.kspace_files import open_kspace
+from invrecon.data.phantoms import ellipse_phantom
+from invrecon.errors import InputError
+from invrecon.operators.coils import simulated_maps
+from invrecon.operators.fourier import complex_to_pairs, fft2c, pairs_to_complex
+from invrecon.operators.noise import NoiseModel, RelativeGaussianNoise, SNRNoise
+from invrecon.rng import make_generator, make_generators
+from tests.data.test_kspace import write_ismrmrd
+
+SIZE, COILS = 32, 3
+
+
+@pytest.fixture
+def kspace() -> Tensor:
+    """One slice, complex `(coils, H, W)`."""
+    image = ellipse_phantom(SIZE, make_generator(0, "phantom"), disk_diameter=0.8)[0]
+    maps = pairs_to_complex(simulated_maps(COILS, (SIZE, SIZE), make_generator(0, "coils")))
+    return fft2c(maps * image)
+
+
+def refuse(path: Path, match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        open_kspace(path).read(0)
+
+
+def test_axes_in_another_order_are_refused(tmp_path: Path, kspace: Tensor) -> None:
+    np.save(tmp_path / "last.npy", kspace.permute(1, 2, 0).numpy())
+    refuse(tmp_path / "last.npy", r"32 coils of 32 x 3\\..*order")
+
+
+def test_kspace_off_its_centre_is_refused(tmp_path: Path, kspace: Tensor) -> None:
+    np.save(tmp_path / "shifted.npy", torch.fft.ifftshift(kspace, dim=(1, 2)).numpy())
+    refuse(tmp_path / "shifted.npy", "strongest sample.*near the middle.*fftshift")
+
+
+def test_a_slice_of_noise_has_no_centre_and_is_read(tmp_path: Path) -> None:
+    noise = torch.randn(COILS, SIZE, SIZE, 2, generator=make_generator(0, "noise"))
+    noise[:, 0, 0] *= 1.5
+    np.save(tmp_path / "noise.npy", pairs_to_complex(noise).numpy())
+    assert torch.equal(open_kspace(tmp_path / "noise.npy").read(0)[0], noise)
+
+
+@pytest.mark.parametrize("what", ["mask", "group"])
+def test_what_a_file_without_a_header_cannot_say_is_refused(tmp_path: Path, kspace: Tensor, what: str) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        if what == "mask":
+            file["kspace"], file["mask"] = kspace[None].numpy(), np.ones(SIZE)
+        else:
+            file.create_group("kspace")["a"] = kspace.numpy()
+    with pytest.raises(InputError, match=r"states a mask|is a group|no dataset"):
+        open_kspace(tmp_path / "a.h5").read(0)
+
+
+def test_rows_that_were_not_measured_are_none_without_oversampling_either() -> None:
+    """Of 32 rows the last 8 are missing; every other of them is left, and so the last 4 of 16."""
+
+    class Oversampled(KSpace):
+        def __init__(self) -> None:
+            self.path = Path("a")
+            self._finish((1, 1, SIZE, SIZE))
+            self.shape = (1, 1, SIZE // 2, SIZE)
+
+        def _read(self, index: int) -> tuple[np.ndarray, None]:
+            values = np.ones((1, SIZE, SIZE), np.complex64)
+            values[:, SIZE - 8 :] = 0
+            return values, None
+
+    kept = Oversampled().read(0)[1]
+    assert kept[:12].all() and not kept[12:].any()
+
+
+def test_samples_that_an_ismrmrd_readout_lacks_are_not_measured(tmp_path: Path, kspace: Tensor) -> None:
+    path = write_ismrmrd(tmp_path / "a.h5", complex_to_pairs(kspace)[None])
+    with h5py.File(path, "a") as file:
+        data = file["dataset/data"][()]
+        for n in range(1, len(data)):  # partial echo: the first 10 samples
+            values = data[n]["data"].reshape(COILS, SIZE, 2)[:, 10:]
+            data[n]["data"] = np.ascontiguousarray(values).reshape(-1)
+            data[n]["head"]["number_of_samples"], data[n]["head"]["center_sample"] = SIZE - 10, SIZE // 2 - 10
+        file["dataset/data"][...] = data
+    y, kept = open_kspace(path).read(0)
+    assert kept[10:].all() and not kept[:10].any()
+    assert torch.allclose(pairs_to_complex(y)[:, 10:], kspace[:, 10:].to(torch.complex64))
+
+
+def test_readouts_acquired_backwards_are_refused(tmp_path: Path, kspace: Tensor) -> None:
+    path = write_ismrmrd(tmp_path / "a.h5", complex_to_pairs(kspace)[None])
+    with h5py.File(path, "a") as file:
+        data = file["dataset/data"][()]
+        data[3]["head"]["flags"] |= 1 << 21
+        file["dataset/data"][...] = data
+    refuse(path, "backwards")
+
+
+@pytest.mark.parametrize("noise", [SNRNoise(30), RelativeGaussianNoise(0.01)])
+def test_plain_air_is_measured_too(noise: NoiseModel) -> None:
+    y = torch.stack([torch.zeros(8, 8), torch.rand(8, 8)])
+    noisy, std = noise.sample(y, make_generators(0, ["air", "body"]))
+    assert not noisy[0].any() and 0 < std[0] < 1e-3 * std[1]
