@@ -38,7 +38,7 @@ def refuse(path: Path, match: str) -> None:
 
 def test_axes_in_another_order_are_refused(tmp_path: Path, kspace: Tensor) -> None:
     np.save(tmp_path / "last.npy", kspace.permute(1, 2, 0).numpy())
-    refuse(tmp_path / "last.npy", r"32 coils of 32 x 3\\..*order")
+    refuse(tmp_path / "last.npy", r"32 coils of 32 x 3\. Expected.*order")
 
 
 def test_kspace_off_its_centre_is_refused(tmp_path: Path, kspace: Tensor) -> None:
