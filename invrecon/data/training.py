@@ -64,6 +64,10 @@ class PriorTraining(lightning.LightningDataModule, ABC):
                 f"data.batches_per_epoch {batches_per_epoch} and data.pixels_per_batch {pixels_per_batch} must be at "
                 f"least 1, data.pad {pad} and data.validation_batches {validation_batches} at least 0."
             )
+        if sorted(patch_sizes, reverse=True) != list(patch_sizes):
+            raise InputError(
+                f"data.patch_sizes are {patch_sizes}, expected the largest first: the prior reconstructs with that one."
+            )
         if max(patch_sizes) > size + 2 * pad or min(patch_sizes) < 1:
             raise InputError(
                 f"data.patch_sizes {patch_sizes} do not fit the padded image of {size} + 2 x {pad} pixels; "
@@ -260,7 +264,19 @@ class CTTraining(PriorTraining):
                 f"'{file}' has slices of {tuple(voxels.shape[1:])} pixels, expected ({self.size}, {self.size}); "
                 f"convert it with `python -m invrecon.data.convert {file} OUT --size {self.size}` or set data.size."
             )
-        return voxels.round().clamp(-(2**15), 2**15 - 1).short(), volume.patients
+        stored = voxels.round().clamp(-(2**15), 2**15 - 1).short()
+        if float(voxels.abs().max()) <= 5:  # fractions, or attenuation
+            raise InputError(
+                f"The values of '{file}' lie between {float(voxels.min()):.4g} and {float(voxels.max()):.4g}, expected "
+                "Hounsfield units, air at -1000 and water at 0: convert them."
+            )
+        if int(stored.min()) > -500:
+            warnings.warn(
+                f"'{file}' has no value below -500 HU, and so no air: if its values carry an offset, such as 1024, "
+                "take it off.",
+                stacklevel=2,
+            )
+        return stored, volume.patients
 
     def _encode(self, values: Tensor) -> Tensor:
         return self.intensity.encode(values.float())

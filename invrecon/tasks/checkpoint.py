@@ -41,7 +41,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             InputError: If the file is truncated or holds anything else.
         """
         try:
-            return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+            checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
         except FileNotFoundError:
             raise InputError(f"There is no checkpoint '{path}' to resume from.") from None
         except Exception as error:  # whatever the unpickler makes of damaged bytes
@@ -50,6 +50,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"The checkpoint '{path}' cannot be read ({reason}): it is truncated or not one of "
                 "ours. Remove it to start again, or give another --ckpt_path."
             ) from None
+        if Path(path).suffix == ".safetensors":
+            raise InputError(
+                f"'{path}' is a prior and no checkpoint of a training run: begin from its weights by --model.initial, "
+                "or resume from checkpoints/last.ckpt."
+            )
+        return checkpoint
 
 
 class ExportPrior(lightning.Callback):

@@ -73,6 +73,15 @@ class ScoreMatching(lightning.LightningModule):
         super().__init__()
         if sigma_data is not None and not sigma_data > 0:
             raise InputError(f"model.sigma_data is {sigma_data}, expected a positive number, or null to measure it.")
+        if sigma_data is not None and initial is not None:
+            raise InputError(
+                "model.initial has a sigma_data of its own, which belongs to its weights: leave out the other."
+            )
+        if not learning_rate > 0 or not 0 <= ema_decay < 1 or not 0 <= warmup <= 1:
+            raise InputError(
+                f"model needs learning_rate > 0, 0 <= ema_decay < 1 and 0 <= warmup <= 1, got {learning_rate}, "
+                f"{ema_decay} and {warmup}."
+            )
         self.denoiser = EDMDenoiser(network, sigma_data or 0.5)
         self.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.ema = copy.deepcopy(self.denoiser).requires_grad_(False).eval()
@@ -111,12 +120,37 @@ class ScoreMatching(lightning.LightningModule):
         return data
 
     def setup(self, stage: str) -> None:
-        """Measures sigma_data on the training data, the same on every rank; a resumed run restores it."""
+        """Measures sigma_data on the training data, the same on every rank; a resumed run restores it.
+
+        Raises:
+            InputError: Settings of trainer, data and network that do not go together.
+        """
         self.seed = self.data.seed
+        if stage == "fit":
+            self._check_settings()
         if stage == "fit" and self.sigma_data is None:
             measured = self.data.measure_sigma_data()
             for denoiser in (self.denoiser, self.ema):
                 denoiser.sigma_data.fill_(measured)
+
+    def _check_settings(self) -> None:
+        precision, num = str(self.trainer.precision), self.trainer.accumulate_grad_batches
+        if precision in ("bf16-true", "16-true"):
+            raise InputError(
+                f"trainer.precision is {precision}, in which an average of weights over steps stands still: use "
+                f"{precision.replace('true', 'mixed')}, which is as fast, or 32-true."
+            )
+        if self.data.batches_per_epoch % num:
+            raise InputError(
+                f"trainer.accumulate_grad_batches is {num}, data.batches_per_epoch {self.data.batches_per_epoch}: an "
+                "epoch has to end with a step, so make it a multiple."
+            )
+        stride = int(self.denoiser.network.stride)  # type: ignore[arg-type]
+        if misfits := [size for size in self.data.patch_sizes if size % stride]:
+            raise InputError(
+                f"data.patch_sizes {self.data.patch_sizes}: {misfits} do not go through this network, which takes "
+                f"sides that are multiples of {stride}; change them, or model.network.multipliers."
+            )
 
     def losses(self, denoiser: EDMDenoiser, batch: PatchBatch) -> tuple[Tensor, Tensor]:
         """Returns noise levels `(n,)` and the weighted squared error of each patch `(n,)`.

@@ -165,7 +165,8 @@ def test_the_table_says_how_much_was_measured(result: Path) -> None:
     for row in (*rows_of(result / "predict"), *rows_of(result / "test")):
         assert 1.8 < float(row["acceleration"]) < 2.4 and 0.1 * UNIT < float(row["scale"]) < 10 * UNIT
         assert row["psnr_body"] == "" and float(row["psnr"]) > 0 and row["patient"] == "p"
-        assert row["measurement"] == f"CartesianMRI, {COILS} coils, {SIZE} x {SIZE}, measured"
+        told = f"CartesianMRI, {COILS} coils, {SIZE} x {SIZE}, measured, undersampled afterwards"
+        assert row["measurement"] == told
 
 
 def test_volumes_are_judged_as_fastmri_judges_them(result: Path, scans: Path) -> None:
