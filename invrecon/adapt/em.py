@@ -101,7 +101,7 @@ class ExpectationMaximisation(Adaptation):
         self.sigma_min, self.sigma_max, self.ema = sigma_min, sigma_max, ema
         if not data_weight >= 0:
             raise InputError(f"ExpectationMaximisation: data_weight is {data_weight}, but it must not be negative.")
-        self._clips = expectation is not None  # what is our own choice does not clip complex images
+        self._chosen = expectation is not None  # what the user has chosen is taken as it is
         self.expectation = ProximalDiffusion(num_levels=10, sigma_max=0.05) if expectation is None else expectation
         self.trainable = AllWeights() if trainable is None else trainable
         self.held_out = held_out
@@ -198,7 +198,7 @@ class ExpectationMaximisation(Adaptation):
             return sampler(y, operator, prior, generators=generators)
         expectation = copy.copy(self.expectation)
         expectation.start = GivenStart(x)
-        if operator.complex_images and not self._clips:
+        if operator.complex_images and not self._chosen:
             expectation.clip = None
         return expectation(y, operator, prior, generators=generators)
 

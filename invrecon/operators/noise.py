@@ -89,7 +89,7 @@ class RelativeGaussianNoise(NoiseModel):
         _check_generators(y, generators)
         std = self.level * _mean_abs(y)
         noisy = y + std.reshape(-1, *(1,) * (y.ndim - 1)) * randn(y.shape[1:], generators, like=y)
-        return noisy, _known(self.level * _mean_abs(noisy))
+        return noisy, _positive_level(self.level * _mean_abs(noisy))
 
 
 class SNRNoise(NoiseModel):
@@ -121,10 +121,10 @@ class SNRNoise(NoiseModel):
         std = (y.square().flatten(1).sum(1) / count / ratio).sqrt()
         noise = std.reshape(-1, *(1,) * (y.ndim - 1)) * randn(y.shape[1:], generators, like=y)
         noisy = y + measured * noise
-        return noisy, _known((noisy.square().flatten(1).sum(1) / count / (ratio + 1)).sqrt())
+        return noisy, _positive_level((noisy.square().flatten(1).sum(1) / count / (ratio + 1)).sqrt())
 
 
-def _known(std: Tensor) -> Tensor:
+def _positive_level(std: Tensor) -> Tensor:
     """Returns levels with a tiny one for samples without signal: nothing was measured of plain air, and exactly so."""
     return torch.where(std > 0, std, torch.full_like(std, 1e-6))
 

@@ -142,10 +142,9 @@ class ResultWriter(lightning.Callback):
         """How the prior was adapted to a case of the batch; None if it was not."""
         if outputs.traces is None:
             return None
-        trace, owner = outputs.traces[b], b
+        trace = outputs.traces[b]
         sharing = outputs.batch.id if pl_module.pool else [outputs.batch.id[b]]
-        if pl_module.pool:  # whose images the steps hold
-            owner = trace.watched or 0
+        owner = (trace.watched or 0) if pl_module.pool else b  # whose images the steps hold
         return {**encode_trace(trace, sharing, with_images), "scale": _scale(outputs.batch, owner)}
 
     def on_test_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:

@@ -210,7 +210,7 @@ class PurifiedInput(SequentialInput):
         return z
 
     def consistent(self, x: Tensor, sigma: float) -> Tensor:
-        """Returns the output closer to the rows that the fit sees; how close, as `ProximalConditioning` has it."""
+        """Returns the output closer to the rows that the fit sees, by the data step of `ProximalDiffusion`."""
         if not self.cg_iterations:
             return x
         step = ProximalConditioning(self.cg_iterations, noise_factor=5.0)

@@ -147,7 +147,7 @@ class HeldOutStop(StoppingRule):
     other measurements, whose lines all hold as much, the held-out ones alone count, `c = 0`.
 
     Source: Yaman, Hosseini & Akcakaya, "Zero-shot self-supervised learning for MRI reconstruction", ICLR 2022, for
-    single scans.
+    single scans; the weight of seen lines is ours.
 
     Args:
         fraction: Share of the lines held out, at least one.
