@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,13 +20,13 @@ from invrecon.adapt.base import (
     private_generators,
 )
 from invrecon.adapt.losses import DataLoss
-from invrecon.adapt.stopping import Discrepancy, HeldOutViews, loss_on
+from invrecon.adapt.stopping import Discrepancy, HeldOutViews, held_out_losses, loss_on
 from invrecon.adapt.trainable import AllWeights, Trainable, adapted_copy, movement, num_parameters
 from invrecon.errors import InputError
 from invrecon.methods.base import Estimate
 from invrecon.methods.sampling import ProximalDiffusion, Sampler
 from invrecon.methods.start import GivenStart
-from invrecon.methods.stopping import mean_square, measured, restrict_to
+from invrecon.methods.stopping import measured, restrict_to
 from invrecon.priors.patch import PatchPrior, WholePrior
 from invrecon.rng import Generators, randn
 
@@ -66,8 +66,9 @@ class ExpectationMaximisation(Adaptation):
         ema: Decay of the average of the weights over steps that reconstructs and is kept; 0 takes the last weights.
         expectation: The sampler of the E-step; ten levels of our fast one if None.
         trainable: What adapts; all weights by default.
-        held_out: Views that the rounds do not see, the same in all of them as each goes on from the last estimate, and
-            that say when to stop; None runs all rounds on all views.
+        held_out: Views that the rounds do not see, the same in all of them as each goes on from the last estimate. The
+            last round is kept that does not predict them significantly worse than the best (`PairedStopper`). None
+            runs all rounds on all views.
         data_weight: Of the misfit; 0 leaves it out.
         discrepancy: Ends the rounds once `||A x_r - y||^2` has come down to so many times what the noise explains; None
             does not ask.
@@ -126,7 +127,7 @@ class ExpectationMaximisation(Adaptation):
             # The same views in every round: each goes on from the last estimate, which must never have seen them.
             kept, unseen = self.held_out.split(0, operator, y, private_generator(generators, "views"))
             seen, y_seen = restrict_to(operator, y, kept)
-            rule = self.held_out.stopper()
+            rule = self.held_out.paired_stopper()
         learner = _Learner(self, prior, private_generator(generators, "learning"))
         watched, num_cases = len(y) // 2, len(y)
         one = slice(watched, watched + 1)
@@ -150,39 +151,31 @@ class ExpectationMaximisation(Adaptation):
                     spent[key] += mean_cost(estimate, key)
                 images[b] = estimate.mean
             name = f"round {k}" if k else "not adapted"
-            own_unseen = None if unseen is None else unseen[one]
-            trace.steps.append(self._look(name, watched_operator, y_watched, images[watched], kept[one], own_unseen))
+            x = images[watched]
+            explained = float(loss_on(watched_operator, y_watched, x, kept[one]))
+            trace.steps.append(Step(name, None, explained, image=x[0].cpu()))
             spent["num_operator_calls"] += 1 if unseen is None else 2
-            if rule is not None:
-                over = rule.update(cast(float, trace.steps[k].held_out_loss))
+            if rule is not None and unseen is not None:
+                losses = held_out_losses(watched_operator, y_watched, x, unseen[one])
+                trace.steps[k].held_out_loss = float(losses.mean())
+                over = rule.update(losses)
                 if rule.best == k:
                     best = learner.snapshot()
             if over:
                 break
             if self.discrepancy is not None and k < self.rounds:
                 spent["num_operator_calls"] += 1
-                if bool(self.discrepancy(seen.select_cases(one, num_cases), y_seen[one], images[watched])):
+                if bool(self.discrepancy(seen.select_cases(one, num_cases), y_seen[one], x)):
                     trace.reason = "the data are explained as well as their noise permits"
                     break
         trace.stopped_at = len(trace.steps) - 1
         if rule is not None and rule.best < trace.stopped_at:
-            end = f"had no new least in {rule.patience} rounds" if over else "was least"
-            trace.reason = f"the loss on views held out {end}"
+            trace.reason = "later rounds predict the views held out significantly worse"
             trace.stopped_at = rule.best
             learner.restore(best)
         trace.movement = movement(prior, learner.adapted)
         estimate = sampler(y, operator, learner.adapted, generators=generators)
         return add_costs(estimate, {key: value / num_cases for key, value in spent.items()}), trace
-
-    @staticmethod
-    @torch.no_grad()
-    def _look(name: str, operator: LinearOperator, y: Tensor, x: Tensor, kept: Tensor, unseen: Tensor | None) -> Step:
-        """Returns what the measurement says of the estimate `x`, and the estimate."""
-        if unseen is None:
-            residual, held_out = mean_square(operator(x) - y, kept), None
-        else:
-            residual, held_out = loss_on(operator, y, x, kept), float(loss_on(operator, y, x, unseen))
-        return Step(name, None, float(residual), held_out, x[0].cpu())
 
     def _expect(
         self,

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from invrecon.adapt.base import Adaptation, Step, Trace, check_positive, private_generator, private_generators
 from invrecon.adapt.losses import DataLoss, SelfSupervisedLoss
-from invrecon.adapt.stopping import Discrepancy, HeldOutViews, loss_on
+from invrecon.adapt.stopping import Discrepancy, HeldOutViews, held_out_loss, loss_on
 from invrecon.adapt.trainable import AllWeights, Trainable, adapted_copy, movement, num_parameters
 from invrecon.errors import InputError
 from invrecon.methods.base import Estimate, check_generators
@@ -309,7 +309,7 @@ class AdaptingPrior:
             prior = CountingPrior(self._sampled, self.evaluations)
             denoised = prior(x, sigma, generators=private_generators(generators, "check", level))
             self._check_finite(denoised, sigma)
-            return float(loss_on(operator, y, denoised, unseen).mean())
+            return float(held_out_loss(operator, y, denoised, unseen).mean())
 
         before = explain()
         denoised = self._improve(level, x, sigma, generators, seen, y_seen)

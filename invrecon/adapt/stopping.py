@@ -6,7 +6,17 @@ import torch
 from torch import Tensor
 
 from invrecon.errors import InputError
-from invrecon.methods.stopping import Stopper, check_held_out, discrepancy, mean_square, measured, split
+from invrecon.methods.stopping import (
+    PairedStopper,
+    Stopper,
+    check_held_out,
+    discrepancy,
+    imaged,
+    in_parts,
+    mean_square,
+    measured,
+    split,
+)
 from invrecon.operators.base import LinearOperator
 from invrecon.rng import make_generator
 
@@ -19,7 +29,7 @@ class HeldOutViews:
 
     Args:
         fraction: Share of the lines held out at a time.
-        patience: Checks in a row without a new least loss after which it is time to stop.
+        patience: Checks in a row that are no better (of rounds: significantly worse) after which it is time to stop.
 
     Raises:
         InputError: A fraction outside (0, 0.5], or a patience below 1.
@@ -30,8 +40,12 @@ class HeldOutViews:
         self.fraction, self.patience = float(fraction), patience
 
     def stopper(self) -> Stopper:
-        """Returns a fresh rule with this patience."""
+        """Returns a fresh rule with this patience, for checks of other lines each."""
         return Stopper(self.patience)
+
+    def paired_stopper(self) -> PairedStopper:
+        """Returns a fresh rule with this patience, for checks of the same lines."""
+        return PairedStopper(self.patience)
 
     def split(
         self, check: int, operator: LinearOperator, y: Tensor, generator: torch.Generator
@@ -56,6 +70,18 @@ def loss_on(operator: LinearOperator, y: Tensor, x: Tensor, rows: Tensor) -> Ten
     """Returns the mean square of `A x - y` over these rows, `(B,)`, weighted by their noise (`operator.whiten`)."""
     operator, y, _ = operator.whiten(y)
     return mean_square(operator(x) - y, rows)
+
+
+def held_out_loss(operator: LinearOperator, y: Tensor, x: Tensor, rows: Tensor) -> Tensor:
+    """Returns the same of rows that a reconstruction has not seen, weighed to stand for the error of `x` (`imaged`)."""
+    operator, y, _ = operator.whiten(y)
+    return mean_square(imaged(operator, operator(x) - y), rows)
+
+
+def held_out_losses(operator: LinearOperator, y: Tensor, x: Tensor, rows: Tensor) -> Tensor:
+    """Returns `held_out_loss` of one case in parts, `(n,)`, for a paired comparison (`PairedStopper`)."""
+    weighted, data, _ = operator.whiten(y)
+    return in_parts(weighted, imaged(weighted, weighted(x) - data)[0], rows[0])
 
 
 class Discrepancy:

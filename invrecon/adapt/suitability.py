@@ -11,7 +11,7 @@ from torch import Tensor
 
 from invrecon.adapt.base import check_positive, mean_cost, private_generator, private_generators
 from invrecon.adapt.em import ExpectationMaximisation
-from invrecon.adapt.stopping import HeldOutViews, loss_on
+from invrecon.adapt.stopping import HeldOutViews, held_out_loss
 from invrecon.methods.base import Estimate, Method
 from invrecon.methods.classical import TotalVariation
 from invrecon.methods.stopping import restrict_to
@@ -100,7 +100,7 @@ class SuitabilityTest:
         def loss(estimate: Estimate) -> float:
             for key in spent:
                 spent[key] += mean_cost(estimate, key)
-            return max(float(loss_on(operator, y, estimate.mean, unseen).double().mean()) - noise, floor)
+            return max(float(held_out_loss(operator, y, estimate.mean, unseen).double().mean()) - noise, floor)
 
         private = private_generators(generators, "suitability")
         before = loss(sampler(y_seen, seen, prior, generators=private))

@@ -11,7 +11,15 @@ from torch import Tensor
 from invrecon.data.augmentation import Augmentation
 from invrecon.data.cases import Case
 from invrecon.data.hdf5 import HDF5_SUFFIXES, open_hdf5, text_of
-from invrecon.data.kspace import MAGNITUDE, KSpace, calibration_scale, estimate_noise, image_kspace, is_block
+from invrecon.data.kspace import (
+    MAGNITUDE,
+    KSpace,
+    calibration_scale,
+    estimate_noise,
+    image_kspace,
+    is_block,
+    measured_scale,
+)
 from invrecon.data.kspace_files import ARRAY_SUFFIXES, RAW_SUFFIX, is_kspace, open_kspace
 from invrecon.data.reconstruction import ReconstructionData, case_id, resolve_paths
 from invrecon.data.training import PriorTraining, held_out_names
@@ -35,10 +43,10 @@ class MRIData(ReconstructionData):
     volume gets a smooth random phase and simulated coils, whose maps the reconstruction is told. Every draw is a
     function of (seed, case).
 
-    Images are divided by the 99th percentile of the image of the calibration region, each case by its own: nothing that
-    the scanner does not tell is used. Results are written in the file's own units. The noise of measured k-space is
-    what the file states (attribute `noise_std`, or the covariance of the coils), or is estimated from the highest
-    frequencies, coil by coil.
+    Images are divided by the 99th percentile of what the centre of k-space shows, found by least squares from what was
+    measured, each case by its own (`measured_scale`): nothing that the scanner does not tell is used. Results are
+    written in the file's own units. The noise of measured k-space is what the file states (attribute `noise_std`, or
+    the covariance of the coils), or is estimated from the highest frequencies, coil by coil.
 
     Args:
         paths: fastMRI, ISMRMRD, npy or cfl files of k-space, HDF5 files of complex or magnitude images, NIfTI or NRRD
@@ -117,7 +125,7 @@ class MRIData(ReconstructionData):
             mask = mask & self._draw_mask(mask, name)
         y = full * mask[..., None]
         maps = self.maps(y, mask) if file.shape[1] > 1 else None
-        scale = calibration_scale(y, mask)
+        scale = measured_scale(y, mask, maps)
         if std is None and self.estimate_noise:
             std = estimate_noise(y, mask)
         if std is not None:
@@ -148,7 +156,8 @@ class MRIData(ReconstructionData):
         if self.num_coils > 1:
             maps = simulated_maps(self.num_coils, size, make_generator(self.seed, "coils", name))
         mask = self._draw_mask(torch.ones(size, dtype=torch.bool), name)
-        scale = calibration_scale(image_kspace(x, maps), mask) or 1.0  # of a slice of plain air
+        y = image_kspace(x, maps) * mask[..., None]
+        scale = measured_scale(y, mask, maps) or 1.0  # of a slice of plain air
         return Case(
             id=name,
             patient=file.patients[index],

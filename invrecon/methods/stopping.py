@@ -14,6 +14,7 @@ from torch import Tensor
 from invrecon.errors import InputError
 from invrecon.methods.base import Stats, per_sample
 from invrecon.operators.base import LinearOperator, WhitenedOperator
+from invrecon.operators.ct import CT
 from invrecon.operators.mri import MRI, CartesianMRI
 
 
@@ -79,6 +80,41 @@ class Stopper:
         return self.waited >= self.patience
 
 
+class PairedStopper:
+    r"""Prefers the last step that is not significantly worse than the best one; stops `patience` steps after it.
+
+    $$ d = l_k - l_{least}, \qquad \text{worse if}\quad \bar d > 1.645\, \mathrm{std}(d) / \sqrt n $$
+
+    over the `n` parts of a step's loss, the same rows at every step: a paired test of one side at 5 %. A few lines say
+    little, and where they cannot tell two steps apart the later one is kept: what asks has reasons to go on.
+
+    Attributes:
+        best: Index of the preferred step so far.
+        waited: Steps since then.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+        self.best, self.waited = 0, 0
+        self._losses: list[Tensor] = []
+
+    def update(self, loss: Tensor) -> bool:
+        """Takes the parts `(n,)` of the next step's loss and returns whether to stop; NaN or Inf is worse than all."""
+        self._losses.append(loss.double().cpu())
+        means = torch.stack(self._losses).mean(1).nan_to_num(torch.inf, torch.inf, torch.inf)
+        least = self._losses[int(means.argmin())]
+        fit = [k for k, own in enumerate(self._losses) if means[k] < torch.inf and not _worse(own, least)]
+        self.best = max(fit, default=0)
+        self.waited = len(self._losses) - 1 - self.best
+        return self.waited >= self.patience
+
+
+def _worse(loss: Tensor, least: Tensor) -> bool:
+    d = loss - least
+    error = d.std() / len(d) ** 0.5 if len(d) > 1 else 0.0
+    return bool(d.mean() > 1.645 * error)
+
+
 def check_held_out(owner: object, fraction: float, patience: int) -> None:
     """Raises `InputError` unless a rule holds out at most half of the lines and has some patience."""
     if not 0 < fraction <= 0.5 or patience < 1:
@@ -129,6 +165,31 @@ def mean_square(residual: Tensor, rows: Tensor) -> Tensor:
     return torch.stack([own[chosen].square().mean() for own, chosen in zip(residual, rows, strict=True)])
 
 
+def imaged(operator: LinearOperator, residual: Tensor) -> Tensor:
+    r"""Returns a residual whose mean square over views stands for the error of the image, and not of its projections.
+
+    A projection blurs: the residual of a view has the image's error divided by the frequency (Fourier's slices), and by
+    slow changes alone, which the eye does not see, one image may predict unseen views worse than another that is worse.
+    The energy of an image is an integral over directions of `|f| |P(f)|^2` (Parseval in polar coordinates), so
+    residuals of CT are filtered along the detector by
+
+    $$ h(f) = \sqrt{|f| / \overline{|f|}} $$
+
+    which leaves the mean square of white noise as it is. Exact for parallel beams, near it for a fan. K-space is the
+    image's own transform, and stays; so does everything else.
+
+    Args:
+        operator: `A`, or `W A`.
+        residual: `A x - y`, `(B, *measurement_shape)`.
+    """
+    if not isinstance(_unweighted(operator), CT):
+        return residual
+    n = residual.shape[-1]
+    ramp = torch.fft.fftfreq(n, dtype=residual.dtype, device=residual.device).abs()
+    transfer = (ramp / ramp.mean()).sqrt() if n > 1 else torch.ones_like(ramp)
+    return torch.fft.ifft(transfer * torch.fft.fft(residual)).real
+
+
 def discrepancy(residual: Tensor, rows: Tensor, std: Tensor | float) -> Tensor:
     r"""Returns `||A x - y||^2 / (m sigma_y^2)` over these `m` rows, `(B,)` of float64: about 1 at the truth.
 
@@ -154,6 +215,20 @@ def lines_of(operator: LinearOperator, rows: Tensor) -> Tensor:
     """
     operator = _unweighted(operator)
     return torch.stack([_lines_of_case(operator, own).expand(own.shape) for own in rows])
+
+
+def in_parts(operator: LinearOperator, residual: Tensor, rows: Tensor, num_parts: int = 16) -> Tensor:
+    """Returns the mean squares of runs of every line among these rows of one case, `(n,)`, for paired tests.
+
+    Args:
+        operator: `A`, bound to this case.
+        residual: `A x - y`, `(*measurement_shape)`.
+        rows: Whole lines.
+        num_parts: Runs of a line; fewer where it has fewer rows, and at most 512 in all.
+    """
+    num_lines = len(lines_of(operator, rows[None])[0][rows].unique())
+    values = residual[rows].square()
+    return torch.stack([part.mean() for part in values.tensor_split(min(len(values), num_parts * num_lines, 512))])
 
 
 def share_of_kspace(operator: LinearOperator, rows: Tensor) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from invrecon.data.cases import Case, collate_cases
 from invrecon.data.fastmri_files import write_fastmri
-from invrecon.data.kspace import MAGNITUDE, calibration_scale, image_kspace
+from invrecon.data.kspace import MAGNITUDE, calibration_scale, image_kspace, measured_scale
 from invrecon.data.mri import MRIData, MRITraining, find_mri, fit, magnitude_of, open_magnitudes, random_phase
 from invrecon.data.phantoms import ellipse_phantom
 from invrecon.errors import InputError
@@ -239,7 +239,7 @@ def test_a_magnitude_volume_gets_phase_coils_and_a_scale_of_its_measurement(volu
     phase = torch.atan2(batch.reference[0, 1], batch.reference[0, 0])[stored.shape[0] // 2]
     assert phase[magnitude(batch.reference)[0, 0, stored.shape[0] // 2] > 0.1].std() > 0.01
     y = CartesianMRI(SIZE).bind(batch)(batch.reference)
-    assert calibration_scale(y[0], batch.mask[0]) == pytest.approx(1.0, rel=1e-3)
+    assert measured_scale(y[0], batch.mask[0], batch.maps[0]) == pytest.approx(1.0, rel=1e-3)
 
 
 def test_slices_of_air_are_cases_too(volumes: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from invrecon.adapt.stopping import Discrepancy, loss_on
 from invrecon.methods import ProximalDiffusion
 from invrecon.methods.dip import AllIterations, DiscrepancyStop, HeldOutStop
 from invrecon.methods.dip.measurement import CaseData
-from invrecon.methods.stopping import Stopper, discrepancy, lines_of, measured, restrict_to
+from invrecon.methods.stopping import PairedStopper, Stopper, discrepancy, imaged, lines_of, measured, restrict_to
 from invrecon.operators import CartesianMRI, LinearOperator, ParallelBeamCT, RandomInpainting
 from invrecon.operators.nufft import RadialMRI
 from invrecon.priors.edm import EDMDenoiser
@@ -263,3 +265,56 @@ def test_stops_after_so_many_values_without_a_new_least(
     answers = [rule.update(float(value)) for value in curve]
     assert (answers.index(True) if True in answers else None) == stopped
     assert rule.best == best
+
+
+@pytest.mark.parametrize(
+    ("shifts", "patience", "stopped", "best"),
+    [
+        ([1.0, 0.5, 0.0, 0.0, 0.0], 3, None, 4),  # what cannot be told from the best is kept
+        ([0.0, 0.02, 0.01, 0.02, 0.03], 3, None, 4),  # worse, but not by more than chance
+        ([1.0, 0.0, 2.0, 3.0, 4.0], 3, 4, 1),
+        ([0.0, 2.0, 0.01, 2.0, 2.0], 2, 4, 2),
+        ([1.0, 0.0, math.nan, math.inf], 2, 3, 1),
+        ([math.nan, math.nan], 2, None, 0),
+    ],
+)
+def test_a_later_step_is_kept_unless_it_is_significantly_worse(
+    shifts: list[float], patience: int, stopped: int | None, best: int
+) -> None:
+    draw = make_generator(1, "parts")
+    rule = PairedStopper(patience)
+    answers = []
+    for shift in shifts:
+        answers.append(rule.update(10 + shift + 0.3 * torch.randn(16, generator=draw, dtype=torch.float64)))
+    assert (answers.index(True) if True in answers else None) == stopped
+    assert rule.best == best
+
+
+def test_two_equal_steps_are_told_apart_as_often_as_the_test_says() -> None:
+    draw, wrong = make_generator(2, "level"), 0
+    for _ in range(400):
+        rule = PairedStopper(9)
+        for _ in range(2):
+            rule.update(1 + torch.randn(32, generator=draw, dtype=torch.float64))
+        wrong += rule.best == 0
+    assert 0.02 < wrong / 400 < 0.09  # 5 % of the pairs, whose first was the better half of the time
+
+
+def test_unseen_views_stand_for_the_error_of_the_image() -> None:
+    """Whatever its frequencies: a view itself has them divided by the frequency."""
+    size = 64
+    operator = ParallelBeamCT(size, num_views=90, num_bins=128).double()
+    rows, columns = torch.meshgrid(*(torch.arange(size, dtype=torch.float64) - size / 2,) * 2, indexing="ij")
+    window = torch.exp(-(rows**2 + columns**2) / (2 * 10**2))
+    found, plain = [], []
+    for period in (32.0, 16.0, 8.0):
+        error = window * (torch.cos(2 * torch.pi * rows / period) + torch.cos(2 * torch.pi * columns / period))
+        residual = operator((error / error.norm())[None, None])
+        found.append(float(imaged(operator, residual).square().mean()))
+        plain.append(float(residual.square().mean()))
+    assert max(found) < 1.25 * min(found) and max(plain) > 2.5 * min(plain)
+    white = torch.zeros(1, 1, 90, 128, dtype=torch.float64)
+    white[..., 40] = 1.0  # an impulse has all frequencies alike
+    assert float(imaged(operator, white).square().mean()) == pytest.approx(float(white.square().mean()), rel=1e-10)
+    kspace = torch.randn(1, 1, SIZE, SIZE, 2)
+    assert imaged(mri(torch.ones(1, SIZE)), kspace) is kspace  # the image's own transform
