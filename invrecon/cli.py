@@ -45,6 +45,7 @@ from invrecon.report.writer import ResultWriter
 from invrecon.shared import find_shared, shared_folder
 from invrecon.tasks.checkpoint import AtomicCheckpointIO, ExportPrior
 from invrecon.tasks.previews import TrainingPreviews
+from invrecon.tasks.progress import RunProgress
 
 # What a model and its data must have for a command.
 HOOKS = {
@@ -137,6 +138,8 @@ class InvreconCLI(LightningCLI):
         """Gives the Trainer the run's folder."""
         config = self.config[self.subcommand]
         self.output = Path(config.output or default_output(str(self.subcommand), self.config_name))
+        if self.output.exists() and not self.output.is_dir():
+            raise InputError(f"--output '{self.output}' is a file, expected a folder for all that the run writes.")
         return super().instantiate_trainer(default_root_dir=str(self.output), **kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[lightning.Callback]) -> lightning.Trainer:
@@ -151,11 +154,12 @@ class InvreconCLI(LightningCLI):
             config["enable_checkpointing"] = False
             config["inference_mode"] = False  # guidance and adaptation need autograd
         elif self.subcommand == "fit":
-            callbacks = [*callbacks, *self._training_callbacks()]
+            logs = config.get("logger") is not False
+            callbacks = [*callbacks, *([LearningRateMonitor("step")] if logs else []), *self._training_callbacks()]
         if self.subcommand == "fit" and config.get("logger") is None:
             config["logger"] = TensorBoardLogger(str(self.output), name="tensorboard", version="")
         if config.get("enable_progress_bar") is not False and sys.stderr.isatty():
-            callbacks = [*callbacks, RichProgressBar()]
+            callbacks = [*callbacks, RunProgress() if self.subcommand == "fit" else RichProgressBar()]
         config["plugins"] = [*(config.get("plugins") or []), AtomicCheckpointIO()]
         config["use_distributed_sampler"] = False  # the data modules share out batches and cases themselves
         return super()._instantiate_trainer(config, callbacks)
@@ -189,17 +193,30 @@ class InvreconCLI(LightningCLI):
         )
         return [
             newest,
-            LearningRateMonitor("step"),
             TrainingPreviews(),
             SameRun(what_decides(self.settings()), asked is None),
             ExportPrior(str(self.output), shlex.join(self.command)),
         ]
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Runs the command; Lightning's own exit after Ctrl-C becomes what everyone else's is."""
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit:
+            if not self.trainer.interrupted:
+                raise
+            raise KeyboardInterrupt from None
+
     def before_fit(self) -> None:
-        """Resumes from the run's last checkpoint, so that the same command continues an interrupted run."""
-        last = self.output / "checkpoints" / "last.ckpt"
-        if self.config_init.fit.get("ckpt_path") is None and last.is_file():
-            self.config_init.fit.ckpt_path = str(last)
+        """Resumes from the run's newest checkpoint, so that the same command continues an interrupted run.
+
+        That is the last epoch's, or what was saved when SLURM took the job from its node (`hpc_ckpt_N.ckpt`).
+        """
+        config = self.config_init.fit
+        if config.get("ckpt_path") is None and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            found = [*self.output.glob("checkpoints/last.ckpt"), *self.output.glob("hpc_ckpt_*.ckpt")]
+            if found:
+                config.ckpt_path = str(max(found, key=lambda path: path.stat().st_mtime_ns))
 
     def before_validate(self) -> None:
         """Validates the run's newest checkpoint unless another is given.

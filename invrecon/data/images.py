@@ -230,7 +230,8 @@ class ImageTraining(PriorTraining):
         size: Side of the crops in pixels.
         patch_sizes: Patch sides in pixels, largest first; `[size]` with `pad: 0` trains on whole crops.
         probabilities: Of each patch size.
-        pad: Width of the zero border in pixels.
+        pad: Width of the zero border in pixels; None is as far as the grid of the largest patches shifts
+            (`shift_law`), none for whole crops.
         pixels_per_batch: Pixels a step and process.
         batches_per_epoch: Steps between validations.
         validation_batches: Fixed batches in a validation.
@@ -248,7 +249,7 @@ class ImageTraining(PriorTraining):
         size: int = 256,
         patch_sizes: list[int] = [56, 32, 16],  # noqa: B006
         probabilities: list[float] = [0.5, 0.3, 0.2],  # noqa: B006
-        pad: int = 24,
+        pad: int | None = None,
         pixels_per_batch: int = 100352,
         batches_per_epoch: int = 250,
         validation_batches: int = 8,

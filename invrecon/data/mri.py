@@ -22,7 +22,7 @@ from invrecon.data.kspace import (
 )
 from invrecon.data.kspace_files import ARRAY_SUFFIXES, RAW_SUFFIX, is_kspace, open_kspace
 from invrecon.data.reconstruction import ReconstructionData, case_id, resolve_paths
-from invrecon.data.training import PriorTraining, held_out_names
+from invrecon.data.training import PriorTraining, distinct_names, held_out_names
 from invrecon.data.volume import Volume, suffix_of
 from invrecon.data.volumes import find_volumes, open_volume
 from invrecon.errors import InputError
@@ -196,7 +196,8 @@ class MRITraining(PriorTraining):
         size: Side of the images in pixels; slices are cropped or zero-padded to it.
         patch_sizes: Patch sides in pixels, largest first; `[size]` with `pad: 0` trains on whole images.
         probabilities: Of each patch size.
-        pad: Width of the zero border in pixels.
+        pad: Width of the zero border in pixels; None is as far as the grid of the largest patches shifts
+            (`shift_law`), none for whole images.
         pixels_per_batch: Pixels a step and process.
         batches_per_epoch: Steps between validations.
         validation_batches: Fixed batches in a validation.
@@ -214,7 +215,7 @@ class MRITraining(PriorTraining):
         size: int = 256,
         patch_sizes: list[int] = [56, 32, 16],  # noqa: B006
         probabilities: list[float] = [0.5, 0.3, 0.2],  # noqa: B006
-        pad: int = 24,
+        pad: int | None = None,
         pixels_per_batch: int = 100352,
         batches_per_epoch: int = 250,
         validation_batches: int = 8,
@@ -235,11 +236,11 @@ class MRITraining(PriorTraining):
     def load(self) -> tuple[Tensor, Tensor, Any]:
         """Reads every volume, splits off the validation images and draws the phases."""
         files = find_volumes(resolve_paths(self.paths))
-        names = [file.name for file in files]
+        names = distinct_names(files)
         held_out = held_out_names(names, self.validation, 1, self.paths)
         images: dict[bool, list[Tensor]] = {True: [], False: []}
-        for path in files:
-            images[path.name in held_out].append(self._read(path))
+        for name, path in zip(names, files, strict=True):
+            images[name in held_out].append(self._read(path))
         self.train_names = [name for name in names if name not in held_out]
         return torch.cat(images[False]), torch.cat(images[True]), Tensor.float
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -20,8 +21,10 @@ from invrecon.data.intensity import Intensity
 from invrecon.data.measurement import is_measurement
 from invrecon.data.patches import FixedBatches, PatchBatch, PatchPlan, PatchSampler, PatchStream
 from invrecon.data.phantoms import ellipse_phantom
+from invrecon.data.volume import file_stem
 from invrecon.data.volumes import find_volumes, read_volume
 from invrecon.errors import InputError
+from invrecon.priors.layouts import shift_law
 from invrecon.rng import make_generator
 
 
@@ -32,7 +35,8 @@ class PriorTraining(lightning.LightningDataModule, ABC):
         size: Side of the images in pixels.
         patch_sizes: Patch sides in pixels, largest first; `[size]` with `pad: 0` trains on whole images.
         probabilities: Of each patch size.
-        pad: Width of the zero border in pixels.
+        pad: Width of the zero border in pixels; None is as far as the grid of the largest patches shifts
+            (`shift_law`), none for whole images.
         pixels_per_batch: Pixels a step and process.
         batches_per_epoch: Steps between validations.
         validation_batches: Fixed batches in a validation.
@@ -45,7 +49,7 @@ class PriorTraining(lightning.LightningDataModule, ABC):
         size: int,
         patch_sizes: list[int],
         probabilities: list[float],
-        pad: int,
+        pad: int | None,
         pixels_per_batch: int,
         batches_per_epoch: int,
         validation_batches: int,
@@ -59,6 +63,10 @@ class PriorTraining(lightning.LightningDataModule, ABC):
                 f"data.patch_sizes {patch_sizes} and data.probabilities {probabilities} must be lists of equal length, "
                 "one non-negative probability a size and not all of them zero."
             )
+        if min(patch_sizes) < 1 or size < 1:
+            raise InputError(f"data.patch_sizes {patch_sizes} and data.size {size} must be at least 1.")
+        if pad is None:
+            pad = 0 if patch_sizes == [size] else shift_law(size, patch_sizes[0])[1]
         if batches_per_epoch < 1 or pixels_per_batch < 1 or pad < 0 or validation_batches < 0:
             raise InputError(
                 f"data.batches_per_epoch {batches_per_epoch} and data.pixels_per_batch {pixels_per_batch} must be at "
@@ -68,7 +76,7 @@ class PriorTraining(lightning.LightningDataModule, ABC):
             raise InputError(
                 f"data.patch_sizes are {patch_sizes}, expected the largest first: the prior reconstructs with that one."
             )
-        if max(patch_sizes) > size + 2 * pad or min(patch_sizes) < 1:
+        if max(patch_sizes) > size + 2 * pad:
             raise InputError(
                 f"data.patch_sizes {patch_sizes} do not fit the padded image of {size} + 2 x {pad} pixels; "
                 "use smaller patches or a larger data.pad."
@@ -95,6 +103,9 @@ class PriorTraining(lightning.LightningDataModule, ABC):
         if self._train is not None:
             return
         train, validation, encode = self.load()
+        if stage == "fit" and (self.trainer is None or self.trainer.is_global_zero):
+            held_out = f"{len(validation):,} validate" if len(validation) else "none validates"
+            print(f"{len(train):,} images of {', '.join(abridged(self.train_names))} are to be learned, {held_out}.")
         shared = (encode, self.patch_sizes, self.probabilities, self.pad, self.pixels_per_batch)
         self._train = PatchSampler(train, *shared, self.augmentation)
         self._validation = PatchSampler(validation, *shared, held_out=True)
@@ -111,6 +122,12 @@ class PriorTraining(lightning.LightningDataModule, ABC):
         generator = make_generator(0, "sigma_data")
         draws = [self._train.draw(generator, "", self.patch_sizes[0]).x.double() for _ in range(16)]
         return float(torch.cat([d.flatten() for d in draws]).std())
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of an image."""
+        assert self._train is not None
+        return self._train.images.shape[1]
 
     def validation_images(self) -> Tensor:
         """Returns the whole validation images as intensities, `(N, C, H, W)`."""
@@ -132,6 +149,20 @@ class PriorTraining(lightning.LightningDataModule, ABC):
         assert self._validation is not None
         rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return DataLoader(FixedBatches(self._validation, self.validation_batches, rank, ranks), batch_size=None)
+
+
+def abridged(names: Sequence[str], most: int = 4) -> list[str]:
+    """Returns the first names, and how many more there are."""
+    return list(names) if len(names) <= most else [*names[: most - 1], f"{len(names) - most + 1} more"]
+
+
+def distinct_names(files: Sequence[Path]) -> list[str]:
+    """Returns the files' names, or, where two have the same, their paths from the folder that holds all of them."""
+    names = [file.name for file in files]
+    if len(set(names)) == len(names):
+        return names
+    root = Path(os.path.commonpath([file.resolve().parent for file in files]))
+    return [file.resolve().relative_to(root).as_posix() for file in files]
 
 
 def held_out_names(names: Sequence[str], validation: Sequence[str] | None, num_default: int, paths: object) -> set[str]:
@@ -162,7 +193,8 @@ class CTTraining(PriorTraining):
         size: Side of the slices in pixels; volumes of another size are refused (convert them first).
         patch_sizes: Patch sides in pixels, largest first; `[size]` with `pad: 0` trains on whole images.
         probabilities: Of each patch size.
-        pad: Width of the zero border in pixels.
+        pad: Width of the zero border in pixels; None is as far as the grid of the largest patches shifts
+            (`shift_law`), none for whole images.
         pixels_per_batch: Pixels a step and process.
         batches_per_epoch: Steps between validations.
         validation_batches: Fixed batches in a validation.
@@ -183,7 +215,7 @@ class CTTraining(PriorTraining):
         size: int = 256,
         patch_sizes: list[int] = [56, 32, 16],  # noqa: B006
         probabilities: list[float] = [0.5, 0.3, 0.2],  # noqa: B006
-        pad: int = 24,
+        pad: int | None = None,
         pixels_per_batch: int = 100352,
         batches_per_epoch: int = 250,
         validation_batches: int = 8,
@@ -207,7 +239,7 @@ class CTTraining(PriorTraining):
     def load(self) -> tuple[Tensor, Tensor, Any]:
         """Reads every volume and splits off the validation images."""
         files = [file for file in find_volumes(self.paths) if not is_measurement(file)]
-        names = [file.name for file in files]
+        names = distinct_names(files)
         missing = set(self.validation or []) - set(names)
         if missing or not files:
             raise InputError(
@@ -216,6 +248,11 @@ class CTTraining(PriorTraining):
                 else f"There is no CT volume in data.paths {self.paths}: only measurement files."
             )
         stacks, patients = zip(*(self._read(file) for file in files), strict=True)
+        if len(files) > 1 and len({file_stem(file) for file in files}) == 1:  # `patient_01/ct.h5`: the folder tells
+            stem = (file_stem(files[0]),)
+            patients = tuple(
+                (name,) * len(who) if set(who) == set(stem) else who for name, who in zip(names, patients, strict=True)
+            )
         held_out = self._held_out(names, patients)
         train = [stack[~chosen] for stack, chosen in zip(stacks, held_out, strict=True)]
         validation = [stack[chosen] for stack, chosen in zip(stacks, held_out, strict=True)]
@@ -306,7 +343,8 @@ class EllipseTraining(PriorTraining):
         size: Side of the phantoms in pixels.
         patch_sizes: Patch sides in pixels, largest first; `[size]` with `pad: 0` trains on whole images.
         probabilities: Of each patch size.
-        pad: Width of the zero border in pixels.
+        pad: Width of the zero border in pixels; None is as far as the grid of the largest patches shifts
+            (`shift_law`), none for whole images.
         pixels_per_batch: Pixels a step and process.
         batches_per_epoch: Steps between validations.
         validation_batches: Fixed batches in a validation.
@@ -322,7 +360,7 @@ class EllipseTraining(PriorTraining):
         size: int = 256,
         patch_sizes: list[int] = [56, 32, 16],  # noqa: B006
         probabilities: list[float] = [0.5, 0.3, 0.2],  # noqa: B006
-        pad: int = 24,
+        pad: int | None = None,
         pixels_per_batch: int = 100352,
         batches_per_epoch: int = 250,
         validation_batches: int = 8,

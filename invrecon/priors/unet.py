@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from invrecon.errors import InputError
+
 
 class NoiseEmbedding(nn.Module):
     """Sinusoidal features of the noise level through a two-layer perceptron (Vaswani et al. 2017; Ho et al. 2020).
@@ -147,6 +149,9 @@ class UNet(nn.Module):
         num_blocks: Residual blocks per stage.
         attention: Whether self-attention stands between the two bottleneck blocks.
         dropout: Dropout inside the residual blocks.
+
+    Raises:
+        InputError: A size that no network has.
     """
 
     def __init__(
@@ -160,6 +165,12 @@ class UNet(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        sizes = {"image_channels": image_channels, "base_channels": base_channels, "num_blocks": num_blocks}
+        if min(*sizes.values(), *multipliers) < 1 or not multipliers or position_channels < 0 or not 0 <= dropout < 1:
+            raise InputError(
+                f"A network needs sizes and multipliers of at least 1, position_channels of at least 0 and "
+                f"dropout in [0, 1); got {sizes}, {list(multipliers)}, {position_channels} and {dropout:g}."
+            )
         self.config = {
             "image_channels": image_channels,
             "position_channels": position_channels,

@@ -91,6 +91,9 @@ class ExportPrior(lightning.Callback):
         """Exports on rank zero."""
         if not isinstance(pl_module, ScoreMatching) or not trainer.is_global_zero:
             return
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            print("A run of a few batches (fast_dev_run) leaves no prior.")
+            return
         card = pl_module.card()
         card.training["command"] = self.command
         card.training["validation"] = self.figures

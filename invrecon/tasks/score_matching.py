@@ -91,6 +91,7 @@ class ScoreMatching(lightning.LightningModule):
         self.register_buffer("num_patches", torch.zeros((), dtype=torch.int64))
         self.register_buffer("num_pixels", torch.zeros((), dtype=torch.int64))
         self.seed, self.half_weights = 0, half_weights
+        self._initial: PriorCard | None = None
         if initial is not None:
             self._start_from(find_shared(initial, "checkpoints", ".safetensors"), network)
 
@@ -104,7 +105,7 @@ class ScoreMatching(lightning.LightningModule):
             )
         for denoiser in (self.denoiser, self.ema):
             denoiser.load_state_dict(prior.denoiser.state_dict())  # type: ignore[union-attr, operator]
-        self.sigma_data = card.sigma_data
+        self.sigma_data, self._initial = card.sigma_data, card
         self.num_patches.fill_(int(card.training.get("patches", 0)))
         self.num_pixels.fill_(int(card.training.get("pixels", 0)))
 
@@ -145,6 +146,12 @@ class ScoreMatching(lightning.LightningModule):
                 f"trainer.accumulate_grad_batches is {num}, data.batches_per_epoch {self.data.batches_per_epoch}: an "
                 "epoch has to end with a step, so make it a multiple."
             )
+        channels = self.denoiser.network.config["image_channels"]  # type: ignore[index, union-attr]
+        if channels != self.data.num_channels:
+            raise InputError(
+                f"model.network.image_channels is {channels}, and the images of {type(self.data).__name__} have "
+                f"{self.data.num_channels}: set it so."
+            )
         stride = int(self.denoiser.network.stride)  # type: ignore[arg-type]
         if misfits := [size for size in self.data.patch_sizes if size % stride]:
             raise InputError(
@@ -177,7 +184,8 @@ class ScoreMatching(lightning.LightningModule):
         self.num_patches += len(batch.x) * self.trainer.world_size
         self.num_pixels += batch.x[:, 0].numel() * self.trainer.world_size
         self.log("train/loss", loss.detach(), prog_bar=True)
-        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and self.global_step % every == 0:
             self._log_bands("train", *self._band_sums(sigma, losses.detach()))
         return loss
 
@@ -287,8 +295,9 @@ class ScoreMatching(lightning.LightningModule):
 
     def card(self) -> PriorCard:
         """Returns what the exported prior file says of itself."""
-        data, network = self.data, self.denoiser.network
+        data, network, first = self.data, self.denoiser.network, self._initial
         assert isinstance(network, UNet)
+        licence: str = data.licence  # type: ignore[attr-defined]
         return PriorCard(
             kind=data.kind,
             network=network.config,
@@ -297,8 +306,8 @@ class ScoreMatching(lightning.LightningModule):
             image_size=data.size,
             patch_sizes=[] if data.kind == "whole" else data.patch_sizes,
             intensity=asdict(data.intensity),
-            data=data.train_names,
-            licence=data.licence,  # type: ignore[attr-defined]
+            data=list(dict.fromkeys([*(first.data if first else []), *data.train_names])),
+            licence="; ".join(dict.fromkeys([*([first.licence] if first else []), licence])),
             training={
                 "steps": self.global_step,
                 "patches": int(self.num_patches),

@@ -131,11 +131,20 @@ def test_a_single_patient_is_split_by_slices_with_a_warning(scans: Callable[...,
         ({"patch_sizes": [32, 4]}, "do not fit"),
         ({"batches_per_epoch": 0}, "batches_per_epoch"),
         ({"pad": -1}, "pad"),
+        ({"patch_sizes": [8, 0]}, "at least 1"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], word: str) -> None:
     with pytest.raises(InputError, match=word):
         make_data(**settings)
+
+
+@pytest.mark.parametrize(
+    ("size", "patch_sizes", "pad"), [(256, [56, 32], 24), (512, [64], 64), (512, [56], 48), (16, [16], 0)]
+)
+def test_the_border_is_as_wide_as_the_grid_shifts(size: int, patch_sizes: list[int], pad: int) -> None:
+    shares = [1.0] * len(patch_sizes)
+    assert make_data(size=size, patch_sizes=patch_sizes, probabilities=shares, pad=None).pad == pad
 
 
 def test_slices_of_another_size_are_refused(scans: Callable[..., Path]) -> None:
