@@ -35,6 +35,12 @@ class ArrayFile(KSpace):
                         f"{path} states a mask beside '{dataset}', which only files of fastMRI's format do: add "
                         "'ismrmrd_header', or set what was not measured to zero and leave the mask out."
                     )
+                if "reconstruction_esc" in file and stored.ndim == 3:
+                    raise InputError(
+                        f"{path} has fastMRI's target of one coil, and no 'ismrmrd_header': its k-space of shape "
+                        f"{stored.shape} would be read as {stored.shape[0]} coils of one slice. Add the header, or "
+                        "save it as (slices, 1, rows, columns)."
+                    )
                 shape, dtype = stored.shape, stored.dtype
                 attrs = {**file.attrs, **file[dataset].attrs}
                 self.voxel_mm = read_voxel_mm(path, attrs)

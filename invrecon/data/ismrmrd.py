@@ -23,6 +23,7 @@ GROUP = "dataset"
 # feedback, coil correction and phase stabilisation.
 CENTRE = ["encoding", "encodingLimits", "kspace_encoding_step_1", "center"]
 BANDWIDTH = ["acquisitionSystemInformation", "relativeReceiverNoiseBandwidth"]
+PATIENT = ["subjectInformation", "patientID"]
 NOISE, REVERSED = 19, 22
 LEAST_SAMPLES = 10  # of noise, a coil
 NOT_IMAGING = (NOISE, 23, 24, 26, 27, 28, 29, 30, 31)
@@ -47,7 +48,8 @@ class ISMRMRDFile(KSpace):
                 asked = header_values(xml, "reconSpace", "matrixSize")
                 field = header_values(xml, "encodedSpace", "fieldOfView_mm")
                 self.voxel_mm = (field[2] / encoded[2], field[0] / encoded[0], field[1] / encoded[1])
-                self._centre = int(_entry(xml, CENTRE, int(encoded[1]) // 2))
+                self._centre = int(float(_entry(xml, CENTRE, str(int(encoded[1]) // 2))))
+                patient = _entry(xml, PATIENT, "")
             except Exception as error:
                 raise InputError(
                     f"The ISMRMRD header of {path} is not understood ({brief(error)}); expected '{GROUP}/xml' with "
@@ -60,11 +62,14 @@ class ISMRMRDFile(KSpace):
         self._check()
         slices = self._heads["idx"]["slice"]
         num_coils = int(self._heads["active_channels"][0])
-        self._finish((int(slices.max()) + 1, num_coils, *self._encoded))
+        self._finish((int(slices.max()) + 1, num_coils, *self._encoded), patient)
         self._noise_heads, self._xml = heads, xml
         height, width = min(int(asked[0]), self._encoded[0]), min(int(asked[1]), self._encoded[1])
         self.shape, self.matrix = (*self.shape[:2], height, self._encoded[1]), (height, width)
-        self.states_mask = len(np.unique(self._columns())) < self._encoded[1]
+        columns = np.unique(self._columns())
+        # All columns but as many at either end, which only pad k-space: the scan is complete.
+        padded = abs(int(columns[0]) - (self._encoded[1] - 1 - int(columns[-1]))) <= 1
+        self.states_mask = len(columns) <= columns[-1] - columns[0] or not padded
 
     @property
     def noise_covariance(self) -> Tensor | None:  # type: ignore[override]
@@ -96,7 +101,7 @@ class ISMRMRDFile(KSpace):
                 "data.prewhiten to false."
             )
         lines = np.unique(np.stack((self._heads["idx"]["slice"], self._columns())), axis=1).shape[1]
-        bandwidth = _entry(self._xml, BANDWIDTH, 1.0)
+        bandwidth = float(_entry(self._xml, BANDWIDTH, "1"))
         scale = lines / (len(self._lines) * (bandwidth if bandwidth > 0 else 1.0))
         if "sample_time_us" in (heads.dtype.names or ()):
             noise_time, time = float(heads["sample_time_us"][chosen[0]]), float(self._heads["sample_time_us"][0])
@@ -157,13 +162,13 @@ def is_ismrmrd(file: Any) -> bool:
     return hasattr(group, "keys") and "xml" in group and "data" in group
 
 
-def _entry(xml: bytes | str, path: list[str], default: float) -> float:
-    """Returns a number of the header; the default if it is not stated."""
+def _entry(xml: bytes | str, path: list[str], default: str) -> str:
+    """Returns an entry of the header; the default if it is not stated."""
     from xml.etree import ElementTree
 
     from fastmri.data.mri_data import et_query
 
     try:
-        return float(et_query(ElementTree.fromstring(xml), path))
+        return str(et_query(ElementTree.fromstring(xml), path))
     except RuntimeError:
         return default

@@ -22,7 +22,6 @@ from invrecon.data.kspace import (
     estimate_noise,
     image_kspace,
     is_block,
-    measured_scale,
 )
 from invrecon.data.kspace_files import is_kspace, open_kspace
 from invrecon.data.mri import random_phase
@@ -273,24 +272,6 @@ def test_the_scale_is_that_of_the_calibration_region_alone() -> None:
     assert calibration_scale(5 * y, mask) == pytest.approx(15.0, rel=1e-5)
     with pytest.raises(InputError, match=r"centre of k-space \(ACS\)"):
         calibration_scale(y, ~mask)
-
-
-def test_the_scale_of_an_image_hardly_depends_on_the_mask() -> None:
-    size = (128, 128)
-    image = random_phase(ellipse_phantom(128, make_generator(3, "head"))[0], make_generator(0, "phase"))
-    maps = simulated_maps(8, size, make_generator(0, "coils"))
-    full, everything = image_kspace(image, maps), torch.ones(size, dtype=torch.bool)
-    expected = calibration_scale(full, everything)
-    assert measured_scale(full, everything, maps) == expected
-    for acceleration, share in ((4, 0.16), (4, 0.08)):  # 20 and 10 lines of 24
-        mask = EquispacedLines(acceleration, share)(size, make_generator(0, "mask"))
-        y = full * mask[..., None]
-        found = measured_scale(y, mask, maps)
-        assert found == pytest.approx(expected, rel=0.06)
-        assert abs(found - expected) < 0.5 * abs(calibration_scale(y, mask) - expected)
-        assert measured_scale(5 * y, mask, maps) == pytest.approx(5 * found, rel=1e-4)
-    with pytest.raises(InputError, match=r"centre of k-space \(ACS\)"):
-        measured_scale(full, torch.arange(128).expand(size) < 40, maps)
 
 
 def test_image_kspace_is_the_forward_model() -> None:

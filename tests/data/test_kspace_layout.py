@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import h5py
@@ -10,13 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from invrecon.data.kspace import KSpace
+from invrecon.data.fastmri_files import fastmri_header
+from invrecon.data.kspace import KSpace, calibration_scale, image_kspace, measured_scale
 from invrecon.data.kspace_files import open_kspace
+from invrecon.data.mri import random_phase
 from invrecon.data.phantoms import ellipse_phantom
 from invrecon.errors import InputError
 from invrecon.operators.coils import simulated_maps
 from invrecon.operators.fourier import complex_to_pairs, fft2c, pairs_to_complex
 from invrecon.operators.noise import NoiseModel, RelativeGaussianNoise, SNRNoise
+from invrecon.operators.sampling import EquispacedLines
 from invrecon.rng import make_generator, make_generators
 from tests.data.test_kspace import write_ismrmrd
 
@@ -53,14 +57,17 @@ def test_a_slice_of_noise_has_no_centre_and_is_read(tmp_path: Path) -> None:
     assert torch.equal(open_kspace(tmp_path / "noise.npy").read(0)[0], noise)
 
 
-@pytest.mark.parametrize("what", ["mask", "group"])
+@pytest.mark.parametrize("what", ["mask", "group", "one coil"])
 def test_what_a_file_without_a_header_cannot_say_is_refused(tmp_path: Path, kspace: Tensor, what: str) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         if what == "mask":
             file["kspace"], file["mask"] = kspace[None].numpy(), np.ones(SIZE)
+        elif what == "one coil":
+            file["kspace"] = kspace.numpy()
+            file["reconstruction_esc"] = np.ones((COILS, SIZE, SIZE), np.float32)
         else:
             file.create_group("kspace")["a"] = kspace.numpy()
-    with pytest.raises(InputError, match=r"states a mask|is a group|no dataset"):
+    with pytest.raises(InputError, match=r"states a mask|is a group|no dataset|target of one coil"):
         open_kspace(tmp_path / "a.h5").read(0)
 
 
@@ -110,3 +117,46 @@ def test_plain_air_is_measured_too(noise: NoiseModel) -> None:
     y = torch.stack([torch.zeros(8, 8), torch.rand(8, 8)])
     noisy, std = noise.sample(y, make_generators(0, ["air", "body"]))
     assert not noisy[0].any() and 0 < std[0] < 1e-3 * std[1]
+
+
+@pytest.mark.parametrize(
+    ("columns", "undersampled"),
+    [
+        (range(SIZE), False),
+        (range(1, SIZE - 1), False),
+        (range(2, SIZE - 1), False),
+        (range(5, SIZE), True),
+        ((5, 6, 7, 9), True),
+    ],
+)
+def test_columns_that_only_pad_ismrmrd_were_not_left_out(
+    tmp_path: Path, kspace: Tensor, columns: Sequence[int], undersampled: bool
+) -> None:
+    """A scan without gaps about its centre is complete; half of k-space is not."""
+    patient = b"<subjectInformation><patientID>P7</patientID></subjectInformation>"
+    header = fastmri_header((SIZE, SIZE), (SIZE, SIZE), (5.0, 1.0, 1.0))
+    end = header.rindex(b"<encoding>")
+    path = write_ismrmrd(
+        tmp_path / "a.h5", complex_to_pairs(kspace)[None], columns, header[:end] + patient + header[end:]
+    )
+    file = open_kspace(path)
+    assert file.states_mask == undersampled and file.patient == "P7"
+    assert torch.equal(file.read(0)[1].any(0).nonzero()[:, 0], torch.tensor(list(columns)))
+
+
+def test_the_scale_of_an_image_hardly_depends_on_the_mask() -> None:
+    size = (128, 128)
+    image = random_phase(ellipse_phantom(128, make_generator(3, "head"))[0], make_generator(0, "phase"))
+    maps = simulated_maps(8, size, make_generator(0, "coils"))
+    full, everything = image_kspace(image, maps), torch.ones(size, dtype=torch.bool)
+    expected = calibration_scale(full, everything)
+    assert measured_scale(full, everything, maps) == expected
+    for acceleration, share in ((4, 0.16), (4, 0.08)):  # 20 and 10 lines of 24
+        mask = EquispacedLines(acceleration, share)(size, make_generator(0, "mask"))
+        y = full * mask[..., None]
+        found = measured_scale(y, mask, maps)
+        assert found == pytest.approx(expected, rel=0.06)
+        assert abs(found - expected) < 0.5 * abs(calibration_scale(y, mask) - expected)
+        assert measured_scale(5 * y, mask, maps) == pytest.approx(5 * found, rel=1e-4)
+    with pytest.raises(InputError, match=r"centre of k-space \(ACS\)"):
+        measured_scale(full, torch.arange(128).expand(size) < 40, maps)
