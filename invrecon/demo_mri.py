@@ -25,7 +25,7 @@ METHODS: dict[str, Method] = {  # as in zero_filled_mri, tv_mri, wavelet_mri and
     "Zero-filled": FBP(clip=None),
     "TV": TotalVariation(weight=1e-3, bounds=(-4.0, 4.0)),
     "Wavelet l1": WaveletL1(weight=1e-3, num_iterations=100, clip=None),
-    "Patch diffusion": ProximalDiffusion(sigma_max=0.3, cg_iterations=20, clip=None),
+    "Patch diffusion": ProximalDiffusion(cg_iterations=20, clip=None),
 }
 
 

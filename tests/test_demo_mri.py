@@ -41,7 +41,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "Zero-filled": FBP(clip=None),
         "TV": TotalVariation(weight=1e-3, bounds=(-4.0, 4.0), num_iterations=25),
         "Wavelet l1": WaveletL1(weight=1e-3, clip=None, num_iterations=5, num_scales=2),
-        "Patch diffusion": ProximalDiffusion(num_levels=2, sigma_max=0.3, clip=None),
+        "Patch diffusion": ProximalDiffusion(num_levels=2, clip=None),
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo_mri, "SIZE", SIZE)
