@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from pip._vendor.packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 PULLS_TORCHVISION = {"fastmri"}
 LEFT_OUT = {"torch", "torchvision"}  # torch is there already
+# What every command or test imports: compiled once here, and not by each process where Python writes no bytecode.
+IMPORTED = "invrecon.cli, invrecon.report.writer, matplotlib.pyplot, fastmri.data, torch.utils.tensorboard"
 NOT_MALICIOUS = "pytorch-lightning!=2.6.2,!=2.6.3"  # the twins of the releases that pyproject.toml excludes
 
 
@@ -41,9 +44,10 @@ def pip(*args: str, quiet: bool = True, check: bool = True) -> bool:
 
 
 def imports(modules: str, quiet: bool = True) -> bool:
-    """Returns whether a fresh interpreter can import the comma-separated `modules`."""
+    """Returns whether a fresh interpreter can import the comma-separated `modules`, and leaves their bytecode."""
     command = [sys.executable, "-c", f"import {modules}"]
-    return subprocess.run(command, stderr=subprocess.DEVNULL if quiet else None).returncode == 0
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    return subprocess.run(command, stderr=subprocess.DEVNULL if quiet else None, env=environment).returncode == 0
 
 
 def has_gpu() -> bool:
@@ -133,6 +137,9 @@ def main() -> None:
     remove_broken_torchvision()
     if not imports("torch, torchmetrics, lightning, h5py, invrecon", quiet=False):
         sys.exit("setup failed: all is installed but does not import: remove .venv and start again.")
+    imports(IMPORTED)
+    if "test" in args.extras:
+        imports("pytest, hypothesis, skimage.metrics, scipy.ndimage")
     print(f"ready after {time.monotonic() - start:.0f} s", flush=True)
 
 
