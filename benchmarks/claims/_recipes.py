@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks._methods import load_parts
 from benchmarks.claims._lessons import Lesson
-from invrecon.adapt import Adaptation, HeldOutViews
+from invrecon.adapt import Adaptation, HeldOutRays
 from invrecon.methods import (
     FBP,
     GeometricSchedule,
@@ -91,9 +91,9 @@ def recipes() -> dict[str, Recipe]:
     }
     if em.held_out is None:  # else those rows stop by themselves
         stopped = copy.copy(em)
-        stopped.held_out = HeldOutViews()
+        stopped.held_out = HeldOutRays()
         for key in ("patch-em", "patch-ct-em"):
-            title = rows[key].title.replace("EM", "EM, stopped by held-out views")
+            title = rows[key].title.replace("EM", "EM, stopped by held-out rays")
             rows[f"{key}-stop"] = replace(rows[key], title=title, adaptation=stopped, few=True)
     for kind in ("patch", "whole"):
         rows[f"{kind}-dps"] = Recipe(f"{kind}, DPS", DPS, f"{kind}_ellipses", tier=PUBLISHED, few=True)

@@ -5,7 +5,7 @@ from invrecon.adapt.em import ExpectationMaximisation
 from invrecon.adapt.losses import DataLoss, ImplicitProximalDataLoss, ProximalDataLoss, SelfSupervisedLoss
 from invrecon.adapt.presets import DDIP, SCD, PatchSelfSupervision, WholeSelfSupervision
 from invrecon.adapt.selfsupervised import AdaptingPrior, DenoisedOutput, Levels, PriorNoise, SelfSupervised
-from invrecon.adapt.stopping import Discrepancy, HeldOutViews, loss_on
+from invrecon.adapt.stopping import Discrepancy, HeldOutRays, HeldOutViews, loss_on
 from invrecon.adapt.suitability import SuitabilityTest, Verdict
 from invrecon.adapt.trainable import AllWeights, Biases, LoRA, Trainable, adapted_copy, movement, num_parameters
 
@@ -20,6 +20,7 @@ __all__ = [
     "DenoisedOutput",
     "Discrepancy",
     "ExpectationMaximisation",
+    "HeldOutRays",
     "HeldOutViews",
     "ImplicitProximalDataLoss",
     "Levels",

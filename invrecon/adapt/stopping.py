@@ -15,6 +15,7 @@ from invrecon.methods.stopping import (
     in_parts,
     mean_square,
     measured,
+    runs_of_rays,
     split,
 )
 from invrecon.operators.base import LinearOperator
@@ -66,6 +67,41 @@ class HeldOutViews:
         return split(operator, measured(operator, y), choose)
 
 
+class HeldOutRays(HeldOutViews):
+    """A run of neighbouring rays of every view, unseen by adaptation, other runs at every check; lines of k-space.
+
+    A view that is held out leaves a gap between its neighbours twice as wide as any other, in which an image may become
+    worse while it becomes better everywhere else; and of few views it is one, which says little. Here each view lacks
+    one of `K = round(1 / fraction)` runs of those of its rays that cross the image, views in a row other ones, so that
+    no direction is missing anywhere but for the width of a run, and all of them are asked. In `K` checks every ray is
+    held out exactly once. What is no sinogram is held out by whole lines, as by `HeldOutViews`.
+
+    Args:
+        fraction: Share of the rays held out at a time.
+        patience: Checks in a row that are no better (of rounds: significantly worse) after which it is time to stop.
+
+    Raises:
+        InputError: A fraction outside (0, 0.5], or a patience below 1.
+    """
+
+    def split(
+        self, check: int, operator: LinearOperator, y: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the rows of `y` that check `check`, from 0, keeps, and those that it holds out; see `HeldOutViews`.
+
+        Raises:
+            InputError: No sinogram, and fewer than two lines.
+        """
+        runs = runs_of_rays(operator, round(1 / self.fraction))
+        if runs is None:
+            return super().split(check, operator, y, generator)
+        num_runs = int(runs.max()) + 1
+        order = torch.randperm(num_runs, generator=make_generator(generator.initial_seed(), "held-out rays"))
+        chosen = order[(torch.arange(len(runs)) + check) % num_runs].to(runs)
+        unseen, rows = runs == chosen[:, None], measured(operator, y)
+        return rows & ~unseen, rows & unseen
+
+
 def loss_on(operator: LinearOperator, y: Tensor, x: Tensor, rows: Tensor) -> Tensor:
     """Returns the mean square of `A x - y` over these rows, `(B,)`, weighted by their noise (`operator.whiten`)."""
     operator, y, _ = operator.whiten(y)
@@ -75,13 +111,13 @@ def loss_on(operator: LinearOperator, y: Tensor, x: Tensor, rows: Tensor) -> Ten
 def held_out_loss(operator: LinearOperator, y: Tensor, x: Tensor, rows: Tensor) -> Tensor:
     """Returns the same of rows that a reconstruction has not seen, weighed to stand for the error of `x` (`imaged`)."""
     operator, y, _ = operator.whiten(y)
-    return mean_square(imaged(operator, operator(x) - y), rows)
+    return mean_square(imaged(operator, rows * (operator(x) - y)), rows)
 
 
 def held_out_losses(operator: LinearOperator, y: Tensor, x: Tensor, rows: Tensor) -> Tensor:
     """Returns `held_out_loss` of one case in parts, `(n,)`, for a paired comparison (`PairedStopper`)."""
     weighted, data, _ = operator.whiten(y)
-    return in_parts(weighted, imaged(weighted, weighted(x) - data)[0], rows[0])
+    return in_parts(weighted, imaged(weighted, rows * (weighted(x) - data))[0], rows[0])
 
 
 class Discrepancy:

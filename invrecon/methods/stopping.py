@@ -217,18 +217,38 @@ def lines_of(operator: LinearOperator, rows: Tensor) -> Tensor:
     return torch.stack([_lines_of_case(operator, own).expand(own.shape) for own in rows])
 
 
-def in_parts(operator: LinearOperator, residual: Tensor, rows: Tensor, num_parts: int = 16) -> Tensor:
-    """Returns the mean squares of runs of every line among these rows of one case, `(n,)`, for paired tests.
+def in_parts(operator: LinearOperator, residual: Tensor, rows: Tensor) -> Tensor:
+    """Returns the mean squares of the lines among these rows of one case, `(n,)`, for paired tests.
+
+    Of fewer than eight lines, each counts as sixteen runs of neighbours.
 
     Args:
         operator: `A`, bound to this case.
         residual: `A x - y`, `(*measurement_shape)`.
-        rows: Whole lines.
-        num_parts: Runs of a line; fewer where it has fewer rows, and at most 512 in all.
+        rows: Those that count.
     """
-    num_lines = len(lines_of(operator, rows[None])[0][rows].unique())
     values = residual[rows].square()
-    return torch.stack([part.mean() for part in values.tensor_split(min(len(values), num_parts * num_lines, 512))])
+    lines = lines_of(operator, rows[None])[0][rows].unique(return_inverse=True)[1]
+    num_lines = int(lines.max()) + 1
+    if num_lines < 8:
+        return torch.stack([part.mean() for part in values.tensor_split(min(len(values), 16 * num_lines))])
+    sums = values.new_zeros(num_lines).index_add(0, lines, values)
+    return sums / torch.bincount(lines, minlength=num_lines)
+
+
+def runs_of_rays(operator: LinearOperator, num_runs: int) -> Tensor | None:
+    """Returns which run of its view's rays each row of a sinogram is in, `(views, bins)`; None of anything else.
+
+    Runs have equally many of the rays that cross the image, and are numbered along the detector from 0; -1 for the
+    rays beside it. There are fewer runs where a view has fewer rays.
+    """
+    operator = _unweighted(operator)
+    if not isinstance(operator, CT):
+        return None
+    crossing = operator(torch.ones(1, *operator.image_shape, dtype=operator.dtype, device=operator.device))[0, 0] > 0
+    num = crossing.sum(1, keepdim=True)
+    num_runs = max(2, min(num_runs, int(num.min())))
+    return torch.where(crossing, (crossing.cumsum(1) - 1) * num_runs // num.clamp(min=1), -1)
 
 
 def share_of_kspace(operator: LinearOperator, rows: Tensor) -> float:

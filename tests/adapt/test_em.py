@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from invrecon.adapt import ExpectationMaximisation, HeldOutViews, LoRA, SuitabilityTest, Trace
+from invrecon.adapt import ExpectationMaximisation, HeldOutRays, HeldOutViews, LoRA, SuitabilityTest, Trace
 from invrecon.adapt.base import mean_cost
 from invrecon.adapt.em import _Learner, spread
 from invrecon.data.phantoms import ellipse_phantom
@@ -188,9 +188,10 @@ def test_the_defaults_serve_complex_images() -> None:
     assert estimate.mean.isfinite().all() and "distribution" in trace.verdict
 
 
-def test_held_out_views_choose_the_round_and_are_never_seen() -> None:
+@pytest.mark.parametrize("held_out", [HeldOutViews(0.1, patience=2), HeldOutRays(0.1, patience=2)])
+def test_what_is_held_out_chooses_the_round_and_is_never_seen(held_out: HeldOutViews) -> None:
     _, y, operator = make_cases()
-    em = make_em(rounds=6, learning_rate=10.0, held_out=HeldOutViews(0.1, patience=2))  # a rate that can only ruin
+    em = make_em(rounds=6, learning_rate=10.0, held_out=held_out)  # a rate that can only ruin
     prior = make_prior()
     estimate, (trace,) = run(em, y, operator, prior)
     losses = [step.held_out_loss for step in trace.steps]

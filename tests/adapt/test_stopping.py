@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from invrecon.adapt.stopping import Discrepancy, HeldOutViews, loss_on
+from invrecon.adapt.stopping import Discrepancy, HeldOutRays, HeldOutViews, held_out_losses, loss_on
 from invrecon.errors import InputError
 from invrecon.methods.stopping import restrict_to
 from invrecon.operators import Identity, LinearOperator, ParallelBeamCT
@@ -63,6 +63,30 @@ def test_splits_are_a_function_of_seed_and_check() -> None:
     torch.randn(7, generator=g)
     assert torch.equal(rule.split(3, operator, y, g)[1], first)
     assert not torch.equal(masks(rule, operator, 20), masks(rule, operator, 20, seed=1))
+
+
+@pytest.mark.parametrize("num_views", [3, 20, 31])
+def test_rotating_runs_hold_out_every_ray_that_crosses_the_image_once(num_views: int) -> None:
+    operator = ParallelBeamCT(32, num_views=num_views, num_bins=64).double()
+    y = torch.zeros(2, *operator.measurement_shape, dtype=torch.float64)
+    crossing = operator(torch.ones(1, *operator.image_shape, dtype=torch.float64))[0, 0] > 0
+    splits = [HeldOutRays(0.1).split(check, operator, y, generator()) for check in range(10)]
+    assert all(torch.equal(kept, ~held_out) for kept, held_out in splits)
+    times = sum(held_out[:, 0].long() for _, held_out in splits)
+    assert torch.equal(times, crossing.long().expand(2, -1, -1))
+    for _, held_out in splits:
+        rays = held_out[0, 0]
+        starts = rays[:, 1:] & ~rays[:, :-1]
+        assert (starts.sum(1) == 1).all()  # one run a view
+        assert not (rays[1:] & rays[:-1])[:, 28:36].any()  # neighbouring views lack others
+        assert held_out_losses(operator, y[:1], torch.ones(1, 1, 32, 32, dtype=torch.float64), held_out[:1]).min() > 0
+
+
+def test_what_is_no_sinogram_is_held_out_by_lines() -> None:
+    y, operator = torch.zeros(1, 1, 40, 3), Identity((40, 3))
+    pairs = zip(HeldOutRays().split(2, operator, y, generator()), HeldOutViews().split(2, operator, y, generator()),
+                strict=True)  # fmt: skip
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_the_loss_sees_nothing_but_its_rows() -> None:
