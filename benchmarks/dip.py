@@ -98,7 +98,7 @@ def make_fit(kind: type[NetworkFit], num_iterations: int | None = None, **knobs:
     """
     fit = kind(**knobs)
     if num_iterations is not None:
-        if isinstance(fit, ASeqDIP | UDiGDIP):
+        if isinstance(fit, UDiGDIP):
             fit.num_inner = max(1, round(fit.num_inner * num_iterations / fit.num_iterations))
         fit.num_iterations = num_iterations
     fit.stop = Continued(fit.stop)
