@@ -83,10 +83,11 @@ class Stopper:
 class PairedStopper:
     r"""Prefers the last step that is not significantly worse than the best one; stops `patience` steps after it.
 
-    $$ d = l_k - l_{least}, \qquad \text{worse if}\quad \bar d > 1.645\, \mathrm{std}(d) / \sqrt n $$
+    $$ d = \log l_k - \log l_{least}, \qquad \text{worse if}\quad \bar d > 1.645\, \mathrm{std}(d) / \sqrt n $$
 
-    over the `n` parts of a step's loss, the same rows at every step: a paired test of one side at 5 %. A few lines say
-    little, and where they cannot tell two steps apart the later one is kept: what asks has reasons to go on.
+    over the `n` parts of a step's loss, the same rows at every step: a paired test of one side at 5 %, of logarithms,
+    as a few rays along an edge have most of the loss and would hide what the others say. Where the parts cannot tell
+    two steps apart the later one is kept: what asks has reasons to go on.
 
     Attributes:
         best: Index of the preferred step so far.
@@ -100,7 +101,7 @@ class PairedStopper:
 
     def update(self, loss: Tensor) -> bool:
         """Takes the parts `(n,)` of the next step's loss and returns whether to stop; NaN or Inf is worse than all."""
-        self._losses.append(loss.double().cpu())
+        self._losses.append(loss.double().cpu().clamp(min=torch.finfo(torch.float32).tiny).log())
         means = torch.stack(self._losses).mean(1).nan_to_num(torch.inf, torch.inf, torch.inf)
         least = self._losses[int(means.argmin())]
         fit = [k for k, own in enumerate(self._losses) if means[k] < torch.inf and not _worse(own, least)]

@@ -295,7 +295,7 @@ def test_two_equal_steps_are_told_apart_as_often_as_the_test_says() -> None:
     for _ in range(400):
         rule = PairedStopper(9)
         for _ in range(2):
-            rule.update(1 + torch.randn(32, generator=draw, dtype=torch.float64))
+            rule.update(torch.randn(32, generator=draw, dtype=torch.float64).exp())
         wrong += rule.best == 0
     assert 0.02 < wrong / 400 < 0.09  # 5 % of the pairs, whose first was the better half of the time
 
