@@ -66,9 +66,9 @@ class ExpectationMaximisation(Adaptation):
         ema: Decay of the average of the weights over steps that reconstructs and is kept; 0 takes the last weights.
         expectation: The sampler of the E-step; ten levels of our fast one if None.
         trainable: What adapts; all weights by default.
-        held_out: Views that the rounds do not see, the same in all of them as each goes on from the last estimate. The
-            last round is kept that does not predict them significantly worse than the best (`PairedStopper`). None
-            runs all rounds on all views.
+        held_out: Rays or views that the rounds do not see, the same in all of them as each goes on from the last
+            estimate. The last round is kept that does not predict them significantly worse than the best
+            (`PairedStopper`). None runs all rounds on all of the measurement.
         data_weight: Of the misfit; 0 leaves it out.
         discrepancy: Ends the rounds once `||A x_r - y||^2` has come down to so many times what the noise explains; None
             does not ask.
@@ -124,7 +124,7 @@ class ExpectationMaximisation(Adaptation):
             )
         seen, y_seen, kept, unseen, rule = operator, y, measured(operator, y), None, None
         if self.held_out is not None:
-            # The same views in every round: each goes on from the last estimate, which must never have seen them.
+            # The same rows in every round: each goes on from the last estimate, which must never have seen them.
             kept, unseen = self.held_out.split(0, operator, y, private_generator(generators, "views"))
             seen, y_seen = restrict_to(operator, y, kept)
             rule = self.held_out.paired_stopper()
@@ -170,7 +170,7 @@ class ExpectationMaximisation(Adaptation):
                     break
         trace.stopped_at = len(trace.steps) - 1
         if rule is not None and rule.best < trace.stopped_at:
-            trace.reason = "later rounds predict the views held out significantly worse"
+            trace.reason = "later rounds predict what was held out significantly worse"
             trace.stopped_at = rule.best
             learner.restore(best)
         trace.movement = movement(prior, learner.adapted)
