@@ -139,7 +139,7 @@ class InvreconCLI(LightningCLI):
         config = self.config[self.subcommand]
         self.output = Path(config.output or default_output(str(self.subcommand), self.config_name))
         if self.output.exists() and not self.output.is_dir():
-            raise InputError(f"--output '{self.output}' is a file, expected a folder for all that the run writes.")
+            raise InputError(f"--output '{self.output}' is a file, not a folder: name one for all that the run writes.")
         return super().instantiate_trainer(default_root_dir=str(self.output), **kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[lightning.Callback]) -> lightning.Trainer:
@@ -202,8 +202,8 @@ class InvreconCLI(LightningCLI):
         """Runs the command; Lightning's own exit after Ctrl-C becomes what everyone else's is."""
         try:
             super()._run_subcommand(subcommand)
-        except SystemExit:
-            if not self.trainer.interrupted:
+        except SystemExit as end:
+            if isinstance(end, SIGTERMException) or not self.trainer.interrupted:
                 raise
             raise KeyboardInterrupt from None
 

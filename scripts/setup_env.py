@@ -139,7 +139,10 @@ def main() -> None:
         sys.exit("setup failed: all is installed but does not import: remove .venv and start again.")
     imports(IMPORTED)
     if "test" in args.extras:
-        imports("pytest, hypothesis, skimage.metrics, scipy.ndimage")
+        imports(
+            "pytest, xdist.plugin, hypothesis.extra.numpy, skimage.metrics, skimage.transform, scipy.ndimage, pydicom"
+        )
+        imports("nibabel, nrrd")
     print(f"ready after {time.monotonic() - start:.0f} s", flush=True)
 
 

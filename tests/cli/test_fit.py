@@ -76,7 +76,7 @@ def test_the_newest_checkpoint_counts_be_it_slurms(
 
 def test_a_file_is_no_output(invrecon: Callable[..., Any], command: list[str], tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(InputError, match=r"--output '.*out' is a file, expected a folder"):
+    with pytest.raises(InputError, match=r"--output '.*out' is a file, not a folder"):
         invrecon(command)
     assert (tmp_path / "out").read_text() == "mine"
 
