@@ -197,7 +197,7 @@ def measured_scale(kspace: Tensor, mask: Tensor, maps: Tensor | None = None) -> 
 
     by 20 iterations of CG from zero, `lam` 1e-3 (SENSE). By the calibration region alone the scale would depend on
     the mask: an eighth of k-space has 24 x 10 samples there where training has 24 x 24, and reads 0.7 to 0.9 of
-    training's scale, this 0.82 to 0.98 (three slices of a training volume). Nothing but the measurement is needed.
+    training's scale, this 0.83 to 0.98 (three slices of a training volume). Nothing but the measurement is needed.
 
     Source: of SENSE, Pruessmann et al., MRM 46 (2001); the scale from it is ours.
 
