@@ -36,6 +36,7 @@ import invrecon.tasks.reconstruction
 import invrecon.tasks.score_matching
 from invrecon.adapt.base import Adaptation
 from invrecon.adapt.losses import SelfSupervisedLoss
+from invrecon.adapt.stopping import HeldOutViews
 from invrecon.adapt.trainable import Trainable
 from invrecon.discovery import reach_named_files
 from invrecon.errors import InputError
@@ -62,6 +63,7 @@ CHOICES: dict[str, tuple[Any, type]] = {
     "TestTimeAdaptation.method": (invrecon.methods, invrecon.methods.Sampler),
     "expectation": (invrecon.methods, invrecon.methods.Sampler),
     "adaptation": (invrecon.adapt, Adaptation),
+    "held_out": (invrecon.adapt, HeldOutViews),
     "trainable": (invrecon.adapt, Trainable),
     "loss": (invrecon.adapt, SelfSupervisedLoss),
     "layout": (layouts, layouts.Layout),

@@ -33,7 +33,7 @@ def rounds_figure(path: str | os.PathLike[str], settings: Mapping[str, Sequence[
 
     Args:
         path: PNG, written atomically.
-        settings: Title -> rows with `psnr_trace`, `stopped_step` and, where views were held out, `held_out_trace`.
+        settings: Title -> rows with `psnr_trace`, `stopped_step` and, where rays were held out, `held_out_trace`.
 
     Returns:
         `path`.
@@ -73,7 +73,7 @@ def rounds_figure(path: str | os.PathLike[str], settings: Mapping[str, Sequence[
             bottom.set_yscale("log")
             _plain_ticks(bottom)
         else:
-            bottom.text(0.5, 0.5, "no views held out", transform=bottom.transAxes, color=MUTED, fontsize=7, ha="center")
+            bottom.text(0.5, 0.5, "nothing held out", transform=bottom.transAxes, color=MUTED, fontsize=7, ha="center")
         bottom.set_xlabel("round", color=MUTED, fontsize=7.5)
         bottom.set_xlim(-0.4, psnr.shape[1] - 0.6)
         bottom.xaxis.get_major_locator().set_params(integer=True)

@@ -126,7 +126,7 @@ Measured on {machine}.
 
 
 def stopped(table: Table, recipes: Mapping[str, Recipe], key: str) -> Sequence[Row]:
-    """Returns the rows of an EM that stops by views held out: those of its own key, where plain EM does not."""
+    """Returns the rows of an EM that stops by rays held out: those of its own key, where plain EM does not."""
     own = f"{key}-stop"
     return table.get(own if own in recipes else key) or []
 

@@ -29,7 +29,7 @@ class Step:
         name: What it was, such as `round 2`.
         sigma: Its noise level, or None.
         data_loss: Mean square of `A x - y` over what the adaptation may see.
-        held_out_loss: The same over what was kept from it, or None.
+        held_out_loss: Of what was kept from it, weighed to stand for the image's error (`held_out_loss`), or None.
         image: The estimate at that point, `(C, H, W)` of one case, or None.
     """
 

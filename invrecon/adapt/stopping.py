@@ -1,4 +1,4 @@
-"""When to stop, without ground truth: views held out of the measurement, and the discrepancy principle."""
+"""When to stop, without ground truth: views or rays held out of the measurement, and the discrepancy principle."""
 
 from __future__ import annotations
 

@@ -52,13 +52,14 @@ class SuitabilityTest:
         ratio    = l(x_prior) / l(x_TV)
         learning = l(x_adapted) / l(x_prior)
 
-    over `m` held-out rows `h`, everything reconstructed and learned from the other views. A prior is out of
-    distribution for this case if it predicts unseen views hardly better than no prior at all (total variation), or if
-    a few rounds of expectation maximisation on the measurement predict them better still. Nothing has to be calibrated
-    on other data: difficulty and geometry of the case are in numerator and denominator alike, and the noise of the
-    held-out rows, which nothing could predict, is taken off both where its level is known. What is left is no less than
-    its own standard error, `sigma_y^2 sqrt(2 / m)`; a prior that comes down to that suits, as far as can be seen. With
-    few views it is one view that decides, so a verdict on a single slice can be wrong.
+    over `m` held-out rows `h`, weighed to stand for the image's error (`held_out_loss`), everything reconstructed
+    and learned from the other views. A prior is out of distribution for this case if it predicts unseen views
+    hardly better than no prior at all (total variation), or if a few rounds of expectation maximisation on the
+    measurement predict them better still. Nothing has to be calibrated on other data: difficulty and geometry of
+    the case are in numerator and denominator alike, and the noise of the held-out rows, which nothing could
+    predict, is taken off both where its level is known. What is left is no less than its standard error,
+    `sigma_y^2 sqrt(2 / m)` for white noise; a prior that comes down to that suits, as far as can be seen. With few views it is one
+    view that decides, so a verdict on a single slice can be wrong.
 
     Args:
         threshold: Ratio from which the prior is unsuited.

@@ -67,9 +67,10 @@ class ISMRMRDFile(KSpace):
         height, width = min(int(asked[0]), self._encoded[0]), min(int(asked[1]), self._encoded[1])
         self.shape, self.matrix = (*self.shape[:2], height, self._encoded[1]), (height, width)
         columns = np.unique(self._columns())
-        # All columns but as many at either end, which only pad k-space: the scan is complete.
-        padded = abs(int(columns[0]) - (self._encoded[1] - 1 - int(columns[-1]))) <= 1
-        self.states_mask = len(columns) <= columns[-1] - columns[0] or not padded
+        first, last = int(columns[0]), int(columns[-1])
+        # What is missing at both ends alike only pads k-space: such a scan is complete.
+        gaps, centred = len(columns) < last - first + 1, abs(first - (self._encoded[1] - 1 - last)) <= 1
+        self.states_mask = gaps or not centred
 
     @property
     def noise_covariance(self) -> Tensor | None:  # type: ignore[override]

@@ -18,7 +18,6 @@ from invrecon.data.hdf5 import VoxelSize, brief
 from invrecon.data.intensity import Intensity
 from invrecon.data.volume import file_stem
 from invrecon.errors import InputError
-from invrecon.operators.base import conjugate_gradient
 from invrecon.operators.fourier import complex_to_pairs, fft2c, ifft2c, pairs_to_complex
 from invrecon.operators.mri import CartesianMRI
 from invrecon.operators.sampling import calibration_region, central_block, radii
@@ -195,7 +194,7 @@ def measured_scale(kspace: Tensor, mask: Tensor, maps: Tensor | None = None) -> 
 
         x* = argmin_x  || M F S x - y ||^2 + lam || x ||^2,  of which `calibration_scale` takes the centre of k-space
 
-    by 20 iterations of CG from zero, `lam` 1e-3 (SENSE). By the calibration region alone the scale would depend on
+    by 20 iterations of CG from zero, `lam = 1e-3` (SENSE). By the calibration region alone the scale would depend on
     the mask: an eighth of k-space has 24 x 10 samples there where training has 24 x 24, and reads 0.7 to 0.9 of
     training's scale, this 0.83 to 0.98 (three slices of a training volume). Nothing but the measurement is needed.
 
@@ -213,9 +212,7 @@ def measured_scale(kspace: Tensor, mask: Tensor, maps: Tensor | None = None) -> 
     if bool((mask != 0).all()) or not scale:
         return scale
     operator = CartesianMRI((mask.shape[0], mask.shape[1]), mask=mask, maps=maps)
-    x = conjugate_gradient(
-        lambda x: operator.normal(x) + 1e-3 * x, operator.adjoint(kspace[None]), max_iter=20, tol=1e-4
-    )
+    x = operator.prox(kspace.new_zeros(1, *operator.image_shape), kspace[None], weight=1e3, max_iter=20, tol=1e-4)
     return calibration_scale(image_kspace(x[0]), torch.ones_like(mask))
 
 

@@ -248,10 +248,11 @@ class CTTraining(PriorTraining):
                 else f"There is no CT volume in data.paths {self.paths}: only measurement files."
             )
         stacks, patients = zip(*(self._read(file) for file in files), strict=True)
-        if len(files) > 1 and len({file_stem(file) for file in files}) == 1:  # `patient_01/ct.h5`: the folder tells
-            stem = (file_stem(files[0]),)
+        stems = {file_stem(file) for file in files}
+        if len(files) > 1 and len(stems) == 1:  # `patient_01/ct.h5`: where no patient is stated, the folder tells
             patients = tuple(
-                (name,) * len(who) if set(who) == set(stem) else who for name, who in zip(names, patients, strict=True)
+                [name if patient in stems else patient for patient in who]
+                for name, who in zip(names, patients, strict=True)
             )
         held_out = self._held_out(names, patients)
         train = [stack[~chosen] for stack, chosen in zip(stacks, held_out, strict=True)]

@@ -168,7 +168,7 @@ class UNet(nn.Module):
         sizes = {"image_channels": image_channels, "base_channels": base_channels, "num_blocks": num_blocks}
         if min(*sizes.values(), *multipliers) < 1 or not multipliers or position_channels < 0 or not 0 <= dropout < 1:
             raise InputError(
-                f"A network needs sizes and multipliers of at least 1, position_channels of at least 0 and "
+                "A network needs sizes and multipliers of at least 1, position_channels of at least 0 and "
                 f"dropout in [0, 1); got {sizes}, {list(multipliers)}, {position_channels} and {dropout:g}."
             )
         self.config = {

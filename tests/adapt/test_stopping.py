@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from invrecon.adapt.stopping import Discrepancy, HeldOutRays, HeldOutViews, held_out_losses, loss_on
+from invrecon.adapt.stopping import Discrepancy, HeldOutRays, HeldOutViews, held_out_loss, held_out_losses, loss_on
 from invrecon.errors import InputError
 from invrecon.methods.stopping import restrict_to
 from invrecon.operators import Identity, LinearOperator, ParallelBeamCT
@@ -80,6 +80,17 @@ def test_rotating_runs_hold_out_every_ray_that_crosses_the_image_once(num_views:
         assert (starts.sum(1) == 1).all()  # one run a view
         assert not (rays[1:] & rays[:-1])[:, 28:36].any()  # neighbouring views lack others
         assert held_out_losses(operator, y[:1], torch.ones(1, 1, 32, 32, dtype=torch.float64), held_out[:1]).min() > 0
+
+
+@pytest.mark.parametrize(("fraction", "num_parts"), [(0.2, 4 * 16), (0.5, 10)])  # few views are asked in pieces
+def test_the_parts_of_a_loss_make_the_whole(fraction: float, num_parts: int) -> None:
+    operator = ParallelBeamCT(32, num_views=20, num_bins=64).double()
+    x = torch.rand(1, *operator.image_shape, dtype=torch.float64)
+    y = operator(torch.rand_like(x))
+    held_out = HeldOutViews(fraction).split(0, operator, y, generator())[1]
+    parts = held_out_losses(operator, y, x, held_out)
+    assert len(parts) == num_parts
+    torch.testing.assert_close(parts.mean(0, keepdim=True), held_out_loss(operator, y, x, held_out))
 
 
 def test_what_is_no_sinogram_is_held_out_by_lines() -> None:
