@@ -58,8 +58,8 @@ class SuitabilityTest:
     measurement predict them better still. Nothing has to be calibrated on other data: difficulty and geometry of
     the case are in numerator and denominator alike, and the noise of the held-out rows, which nothing could
     predict, is taken off both where its level is known. What is left is no less than its standard error,
-    `sigma_y^2 sqrt(2 / m)` for white noise; a prior that comes down to that suits, as far as can be seen. With few views it is one
-    view that decides, so a verdict on a single slice can be wrong.
+    `sigma_y^2 sqrt(2 / m)` for white noise; a prior that comes down to that suits, as far as can be seen. With few
+    views it is one view that decides, so a verdict on a single slice can be wrong.
 
     Args:
         threshold: Ratio from which the prior is unsuited.
