@@ -24,6 +24,7 @@ class Changes(NamedTuple):
         turn: Linear maps `(n, 2, 2)` from the changed image to the original, on (column, row) from the centre.
         shift: Where the centre comes from, `(n, 2)`, as a fraction of the image's half width.
         gamma: Exponent of the magnitude, `(n,)`.
+        gain: Factor of the intensity, `(n,)`.
         blur: Share of a binomial blur that is mixed in, `(n,)`; negative sharpens.
         grain: Standard deviation of the added noise, intensity units, `(n,)`, zero for none.
         correlation: Share of the noise that is blurred, `(n,)`.
@@ -33,6 +34,7 @@ class Changes(NamedTuple):
     turn: Tensor
     shift: Tensor
     gamma: Tensor
+    gain: Tensor
     blur: Tensor
     grain: Tensor
     correlation: Tensor
@@ -42,7 +44,7 @@ class Changes(NamedTuple):
 class Augmentation:
     r"""Shows every training patch as part of a randomly changed image.
 
-    $$ x'(p) = x(c + R(p - c) + t), \quad x'' = x' |x'|^{\gamma - 1}, \quad
+    $$ x'(p) = x(c + R(p - c) + t), \quad x'' = g\, x' |x'|^{\gamma - 1}, \quad
        x''' = x'' + a (B x'' - x'') + s\, n $$
 
     with a rotation, scaling and mirroring `R` about the image's centre `c`, the 3 x 3 binomial blur `B`, and noise
@@ -51,11 +53,12 @@ class Augmentation:
 
     Args:
         flip: Probability of a mirror image, left to right.
-        warp: Probability of a rotation, scaling, shift and other contrast.
+        warp: Probability of a rotation, scaling, shift, other contrast and other brightness.
         rotation: Largest angle [degrees].
         scale: Largest factor by which a side grows or shrinks; both sides alike but for a fifth of it.
         shift: Largest shift, as a fraction of the image's half width.
         gamma: Largest exponent of the magnitude, or its inverse; 1 changes no contrast.
+        gain: Largest factor by which intensities grow or shrink, where their scale is known roughly; 1 changes none.
         texture: Probability of another sharpness and grain.
         sharpness: Largest share of the blur that is taken away; up to all of it is added.
         grain: Largest standard deviation of the noise, intensity units; log-uniform from a twentieth of it.
@@ -72,6 +75,7 @@ class Augmentation:
         scale: float = 1.25,
         shift: float = 0.1,
         gamma: float = 1.0,
+        gain: float = 1.0,
         texture: float = 0.3,
         sharpness: float = 0.4,
         grain: float = 0.02,
@@ -79,9 +83,9 @@ class Augmentation:
         for name, value in {"flip": flip, "warp": warp, "texture": texture}.items():
             if not 0 <= value <= 1:
                 raise InputError(f"Augmentation: {name} is {value}, expected a probability from 0 to 1.")
-        least = {"rotation": 0.0, "scale": 1.0, "shift": 0.0, "gamma": 1.0, "sharpness": 0.0, "grain": 0.0}
+        least = {"rotation": 0.0, "scale": 1.0, "shift": 0.0, "gamma": 1.0, "gain": 1.0, "sharpness": 0.0, "grain": 0.0}
         self.flip, self.warp, self.texture = flip, warp, texture
-        self.rotation, self.scale, self.shift, self.gamma = rotation, scale, shift, gamma
+        self.rotation, self.scale, self.shift, self.gamma, self.gain = rotation, scale, shift, gamma, gain
         self.sharpness, self.grain = sharpness, grain
         for name, low in least.items():
             if not low <= getattr(self, name) < math.inf:
@@ -104,7 +108,9 @@ class Augmentation:
         blur = torch.where(textured, uniform(-self.sharpness, 1), 0.0)
         grain = torch.where(textured, self.grain * (-uniform(0, math.log(20))).exp(), 0.0)
         seed = int(torch.randint(2**62, (), generator=generator))
-        return Changes(turn.view(-1, 2, 2), shift, gamma, blur, grain, uniform(), seed)
+        correlation = uniform()
+        gain = torch.where(warped, math.log(self.gain) * uniform(-1, 1), 0.0).exp()
+        return Changes(turn.view(-1, 2, 2), shift, gamma, gain, blur, grain, correlation, seed)
 
 
 def changed_patches(
@@ -136,6 +142,7 @@ def changed_patches(
     if (changes.gamma != 1).any():
         magnitude = x.square().sum(1, keepdim=True).sqrt().clamp(min=1e-4)
         x = x * magnitude ** (changes.gamma[:, None, None, None] - 1)
+    x = changes.gain[:, None, None, None] * x
     inside = ((source.abs() <= 1).all(-1) & (target.abs() <= 1).all(-1))[:, None]
     x = x + changes.blur[:, None, None, None] * (binomial(x) - x)
     generator = torch.Generator(x.device).manual_seed(changes.seed)

@@ -86,15 +86,17 @@ def test_grain_has_the_stated_variance_and_stays_inside() -> None:
     assert not beyond.any()
 
 
-def test_contrast_changes_the_magnitude_of_complex_images_and_not_their_phase() -> None:
+def test_contrast_and_gain_change_the_magnitude_of_complex_images_and_not_their_phase() -> None:
     images = torch.randn(1, 2, SIZE, SIZE, generator=make_generator(5)) + 2
-    augmentation = Augmentation(**{**OFF, "warp": 1.0}, rotation=0, scale=1, shift=0, gamma=2.0)
+    augmentation = Augmentation(**{**OFF, "warp": 1.0}, rotation=0, scale=1, shift=0, gamma=2.0, gain=1.5)
     own = whole(augmentation, images, 4)
-    gamma = augmentation.draw(4, make_generator(0)).gamma
+    changes = augmentation.draw(4, make_generator(0))
     before, after = torch.view_as_complex(images.movedim(1, -1).contiguous()), own.movedim(1, -1).contiguous()
     after = torch.view_as_complex(after)
     assert torch.allclose(after.angle(), before.angle().expand(4, -1, -1), atol=1e-3)
-    assert torch.allclose(after.abs(), before.abs() ** gamma[:, None, None], rtol=1e-3)
+    expected = changes.gain[:, None, None] * before.abs() ** changes.gamma[:, None, None]
+    assert torch.allclose(after.abs(), expected, rtol=1e-3)
+    assert changes.gain.min() < 0.95 and changes.gain.max() > 1.05
 
 
 def test_the_blur_is_binomial_and_keeps_constants() -> None:
