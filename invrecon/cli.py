@@ -87,6 +87,12 @@ class InvreconCLI(LightningCLI):
         """Makes a parser that raises, so that one sentence can say what was wrong."""
         return super().init_parser(exit_on_error=False, **kwargs)
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Makes the parser of a command; an empty one if another command was given, which spares a second of start."""
+        if self.command[1:] and self.command[1] in HOOKS and self.command[1] != subcommand:
+            return self.init_parser(**kwargs)
+        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses the arguments.
 

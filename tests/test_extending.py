@@ -65,7 +65,7 @@ def python(*args: str, cwd: Path, path: Path, **variables: str) -> str:
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the project, with the files of the page added and nothing else changed."""
     folder = tmp_path_factory.mktemp("project")
-    ignore = shutil.ignore_patterns("__pycache__", "_share")
+    ignore = shutil.ignore_patterns("_share")  # what is compiled is copied, too: it is known by time and size
     for name in ("invrecon", "tests", "benchmarks", "configs"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
     for name in ("data", "checkpoints", "pyproject.toml"):

@@ -99,16 +99,13 @@ class ProximalConditioning(Conditioning):
     the system stays well conditioned and CG, started at `D`, moves only where the data speak. Where the noise
     differs between rays, rows are weighted first (`operator.whiten`). No gradient goes through the network.
 
-    Source: Chung, Lee & Ye, DDS, ICLR 2024 (CG data step, constant gamma); Zhu et al., "Denoising diffusion
-        models
-    for plug-and-play image restoration" (DiffPIR), CVPR Workshops 2023, Eq. 13 (the weight `sigma^2 /
-    sigma_y^2`).
+    Source: Chung, Lee & Ye, DDS, ICLR 2024 (CG data step, constant gamma); Zhu et al., "Denoising diffusion models
+    for plug-and-play image restoration" (DiffPIR), CVPR Workshops 2023, Eq. 13 (the weight `sigma^2 / sigma_y^2`).
 
     Args:
         num_iterations: CG iterations.
         max_weight: Cap of `gamma ||A||^2`, dimensionless.
-        noise_factor: Assumed variance of `x0` given `x`, in units of `sigma^2`. Below 1 it trusts the prior
-            more.
+        noise_factor: Assumed variance of `x0` given `x`, in units of `sigma^2`. Below 1 it trusts the prior more.
     """
 
     def __init__(self, num_iterations: int = 10, max_weight: float = 1000.0, noise_factor: float = 1.0) -> None:

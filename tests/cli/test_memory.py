@@ -32,11 +32,14 @@ def peaks(invrecon: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(FBP, "__call__", watched)
     slices, measured = slices_of_a_chest(SIDE), {}
-    for num in (2, 4, 20):  # the first run imports and caches
+    for num in (2, 4, 20):
         make_volume(tmp_path / f"{num}.h5", np.resize(slices, (num, SIDE, SIDE)).astype(np.int16))
         more = (f"--data.size={SIDE}", f"--model.operator.size={SIDE}", "--data.batch_size=2", "--model.num_figures=0")
         args = reconstruct("predict", "fbp_ct.yaml", tmp_path / f"{num}.h5", tmp_path / f"out{num}", *more)
         counts.clear()
+        if num == 2:  # the first run imports and caches
+            invrecon(args)
+            continue
         tracemalloc.start()
         invrecon(args)
         measured[num] = (max(counts), tracemalloc.get_traced_memory()[1])
