@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
@@ -105,9 +106,15 @@ class PatchSampler:
         return PatchPlan(image, top, left, patch_size, key, self.held_out, changes)
 
     def cut(self, plan: PatchPlan) -> PatchBatch:
-        """Returns the patches of a plan, on its device; the images move there once."""
-        if self.images.device != plan.image.device:
-            self.images = self.images.to(plan.image.device)
+        """Returns the patches of a plan, on its device; the images move there once, unless they would fill it."""
+        device = plan.image.device
+        if self.images.device != device and fits(self.images, device):
+            self.images = self.images.to(device)
+        if self.images.device == device:
+            return self._cut(plan)
+        return move_data_to_device(self._cut(move_data_to_device(plan, self.images.device)), device)
+
+    def _cut(self, plan: PatchPlan) -> PatchBatch:
         place, size = (plan.image, plan.top, plan.left), plan.patch_size
         if plan.changes is None:
             values, inside, position = cut_patches(self.images, *place, size)
@@ -118,6 +125,11 @@ class PatchSampler:
     def draw(self, generator: torch.Generator, key: str, patch_size: int | None = None) -> PatchBatch:
         """Returns a batch of one patch size, drawn by its probability unless given."""
         return self.cut(self.plan(generator, key, patch_size))
+
+
+def fits(images: Tensor, device: torch.device) -> bool:
+    """Says whether images may move to a device: a GPU keeps three quarters of its free memory for the network."""
+    return device.type != "cuda" or images.nbytes <= torch.cuda.mem_get_info(device)[0] / 4
 
 
 class PatchStream(IterableDataset):

@@ -11,10 +11,11 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities import move_data_to_device
 
 from invrecon.data.augmentation import Augmentation
 from invrecon.data.couches import draw_couch
-from invrecon.data.patches import PatchBatch, PatchStream
+from invrecon.data.patches import PatchBatch, PatchStream, fits
 from invrecon.data.training import CTTraining, zoom_out
 from invrecon.errors import InputError
 from invrecon.rng import make_generator
@@ -234,3 +235,17 @@ def test_augmentation_mirrors_the_training_images_and_not_those_that_validate() 
     opposite = plan._replace(left=side - size - plan.left, changes=None)
     assert torch.allclose(changed.x, plain.on_after_batch_transfer(opposite, 0).x.flip(-1), atol=1e-4)
     assert torch.equal(changed.position, plain.on_after_batch_transfer(plan._replace(changes=None), 0).position)
+
+
+def test_images_that_would_fill_a_gpu_stay_in_the_memory_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, gpu = torch.zeros(10), torch.device("cuda")
+    for free, expected in ((4 * images.nbytes, True), (4 * images.nbytes - 1, False)):
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda device, free=free: (free, 10 * free))
+        assert fits(images, gpu) is expected
+    assert fits(images, torch.device("cpu"))
+    data = make_data()
+    data.augmentation = Augmentation()
+    data.setup()
+    plan = next(iter(data.train_dataloader()))
+    moved = move_data_to_device(plan, torch.device("cpu"))  # what is cut there is what would be cut here
+    assert equal_batches(data._train.cut(moved), data._train.cut(plan)) and moved.changes.seed == plan.changes.seed
