@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,19 @@ class MRIData(ReconstructionData):
         self.sampling, self.maps, self.num_coils, self.seed = sampling, maps or ESPIRiT(kernel_size=4), num_coils, seed
         self.intensity = MAGNITUDE
         self._first: Case | None = None  # the first of the first file, which is often the only one
+
+    def setup(self, stage: str | None = None) -> None:
+        """As of every reconstruction; `predict` is told that only a part of complete k-space is used."""
+        super().setup(stage)
+        first = self._first
+        if stage == "predict" and self.sampling is not None and first is not None and first.measurement is not None:
+            assert first.mask is not None
+            if first.reference is not None:  # what a scanner undersampled has none
+                warnings.warn(
+                    f"{first.source} is complete, and {first.mask.float().mean():.0%} of its k-space is used, as "
+                    "data.sampling asks; `--data.sampling null` reconstructs from all of it.",
+                    stacklevel=2,
+                )
 
     def _check(self, file: Any, indices: list[int]) -> None:
         """Reads the selected slices and makes the first case, whose maps and mask may fail, too."""

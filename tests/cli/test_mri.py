@@ -71,7 +71,8 @@ def result(scans: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     out = tmp_path_factory.mktemp("result")
     samples = ("--model.method.num_samples=2", "--model.save_samples=true", "--data.batch_size=2")
-    main(arguments("predict", "recon_mri", scans, out / "predict", *samples))
+    with pytest.warns(UserWarning, match=r"is complete, and \d+% of its k-space is used"):
+        main(arguments("predict", "recon_mri", scans, out / "predict", *samples))
     main(arguments("test", "recon_mri", scans, out / "test"))
     return out
 
