@@ -17,8 +17,8 @@ from invrecon.metrics.summary import describe, summarise
 RULES = """\
 A claim is *reproduced* or *not reproduced* if the whole 95 % interval of its number is on one side of its limit, and
 *undecided* otherwise. Differences are paired over the slices that both rows have; slow rows have every {every}. slice.
-Intervals are bootstraps over slices of one patient, and every network was trained once: neither other patients nor
-another training is accounted for.
+Intervals are over slices of one patient (bootstraps, of fewer than ten slices Student's), and every network was trained
+once: neither other patients nor another training is accounted for.
 Measured on {machine}.
 """
 

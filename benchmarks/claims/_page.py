@@ -21,8 +21,8 @@ Claims about patch-based diffusion priors, about the methods that reconstruct wi
 priors to a measurement, each judged by numbers of this package. All tests are on slices of one patient in no training
 set, at 256 x 256 pixels: up to 16 of them, of most tables two or four, as the numbers say. Where trainings are
 compared, small networks have seen equal numbers of pixels. Differences are in PSNR, paired over the slices, with 95 %
-bootstrap intervals over slices: so few say little, and neither other patients nor another training of a network is
-accounted for.
+intervals over slices (bootstrap; of fewer than ten slices Student's): so few say little, and neither other patients nor
+another training of a network is accounted for.
 
 A claim is *reproduced* or *not reproduced* if the whole interval of its number is on one side of the limit that is
 named beside it, and *undecided* otherwise. What was not reproduced here may well hold elsewhere, for other data,

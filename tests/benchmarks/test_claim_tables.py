@@ -79,20 +79,21 @@ def test_claims_of_methods() -> None:
             "LangevinDirect-warm": 33.02}  # fmt: skip
     found = {key: around(value, 0.2 * (key == "PaDIS")) for key, value in psnr.items()}
     verdicts = outcomes(table_a.MethodsTable, "20-clean", found)
-    assert verdicts["PaDIS is better than whole-image diffusion (DPS)"].outcome == "reproduced"
-    assert verdicts["PaDIS is better than whole-image diffusion (DPS)"].because.endswith("published: +0.73 dB")
-    assert verdicts["PaDIS is better than VE-DDNM"].outcome == "not reproduced"
-    assert verdicts["PaDIS is better than Langevin"].outcome == "undecided"
-    assert verdicts["PaDIS is better than patch averaging"].outcome == "not measured"
+    assert verdicts["PaDIS is better than whole-image diffusion (DPS), in 50 evaluations"].outcome == "reproduced"
+    because = verdicts["PaDIS is better than whole-image diffusion (DPS), in 50 evaluations"].because
+    assert because.endswith("published: +0.73 dB with up to 1000")
+    assert verdicts["PaDIS is better than VE-DDNM, in 50 evaluations"].outcome == "not reproduced"
+    assert verdicts["PaDIS is better than Langevin, in 50 evaluations"].outcome == "undecided"
+    assert verdicts["PaDIS is better than patch averaging, in 50 evaluations"].outcome == "not measured"
     (again,) = (v for claim, v in verdicts.items() if "independent reproduction" in claim)
-    assert again.outcome == "reproduced" and again.because.endswith("published: +3.67 dB")
+    assert again.outcome == "reproduced" and again.because.endswith("published: +3.67 dB with up to 1000")
     assert (
         verdicts["The default sampler is the best with the patch prior in at most 50 evaluations"].outcome
         == "reproduced"
     )
     assert verdicts["The default sampler is at least 5 dB above total variation"].outcome == "reproduced"
     deblur = outcomes(table_a.MethodsTable, "deblur", found)
-    assert "PaDIS is better than VE-DDNM" not in deblur, "the talk has no number there"
+    assert "PaDIS is better than VE-DDNM, in 50 evaluations" not in deblur, "the talk has no number there"
 
 
 def test_every_method_is_in_the_table_at_an_equal_number_of_evaluations() -> None:
@@ -128,9 +129,10 @@ def test_claims_of_choices() -> None:
     found = {"default": around(37, relative_residual=1e-4), "norm": around(30, relative_residual=0.02)}
     found["normalised"] = around(33, relative_residual=0.005)
     verdicts = {k: v.outcome for k, v in outcomes(table_f.ChoicesTable, "20-clean", found).items()}
-    stalls = "The data step by the gradient of the norm (PaDIS's code) stalls: relative residual above 1 %"
+    stalls = "The data step by the gradient of the norm (PaDIS's code) has stalled after 32 evaluations: "
+    stalls += "relative residual above 1 %"
     assert verdicts[stalls] == "reproduced"
-    assert verdicts["In units of the operator's norm it does not: relative residual below 1 %"] == "reproduced"
+    assert verdicts["In units of the operator's norm it is below 1 % after as many"] == "reproduced"
     assert verdicts["2 shifts an evaluation are better than one"] == "not measured"
 
 

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -63,12 +64,28 @@ def test_verdicts_say_why() -> None:
 def test_share_of_a_gap() -> None:
     low, part, high = rows(30, 31, 32, 33), rows(33, 34, 35, 36), rows(34, 35, 36, 37)
     share = _verdicts.gap_share(low, part, high)
-    assert share == {"mean": 0.75, "low": 0.75, "high": 0.75, "num_cases": 4}
+    assert share is not None and share["num_cases"] == 4
+    assert all(share[key] == pytest.approx(0.75) for key in ("mean", "low", "high"))
     uneven = _verdicts.gap_share(low, rows(30, 34, 36, 33), high)
     assert uneven is not None and uneven["mean"] == pytest.approx(7 / 16)
-    assert 0 <= uneven["low"] < 7 / 16 < uneven["high"] <= 1
+    assert uneven["low"] < 0 < 7 / 16 < 1 < uneven["high"], "four slices as different as can be"
+    many = [rows(*range(30, 46)), rows(*(30 + k + (k % 3) for k in range(16))), rows(*range(34, 50))]
+    of_many = _verdicts.gap_share(*many)
+    assert of_many is not None and 0 < of_many["low"] < of_many["mean"] < of_many["high"] < 0.5
     assert _verdicts.gap_share(low, part[:2], high[1:]) == {"mean": 0.75, "low": None, "high": None, "num_cases": 1}
     assert _verdicts.gap_share(low, part, []) is None
+
+
+@pytest.mark.parametrize("num", [2, 3, 5, 8])
+def test_intervals_of_few_slices_hold_the_mean(num: int) -> None:
+    """A percentile bootstrap of two values is their range, which holds it half of the time."""
+    rng = np.random.default_rng(num)
+    held = 0
+    for _ in range(400):
+        found = _verdicts.difference(rows(*rng.normal(1.0, 0.5, num)), rows(*[0.0] * num))
+        assert found is not None
+        held += found["low"] < 1.0 < found["high"]
+    assert 0.92 * 400 <= held <= 0.98 * 400
 
 
 def test_where_there_is_no_gap_there_is_no_share() -> None:
