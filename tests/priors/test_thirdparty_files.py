@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import pickle
 import sys
@@ -219,3 +220,71 @@ def test_a_file_cut_anywhere_is_refused(snapshot: Any, tmp_path: Path) -> None:
 def test_wrong_arguments_are_named(args: tuple[str, ...], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--output|--head-channels"):
         main(["import-weights", str(tmp_path / "absent.pt"), *args])
+
+
+def nested(depth: int) -> bytes:
+    """A pickle of a dictionary whose key is a tuple of two equal tuples of two equal tuples ...: 2^depth leaves."""
+    value: Any = ()
+    for _ in range(depth):
+        value = (value, value)
+    return b"\x80\x02}" + pickle.dumps(value, protocol=2)[2:-1] + b"K\x01s."
+
+
+def test_a_small_file_does_not_cost_much_time(tmp_path: Path) -> None:
+    (tmp_path / "deep.pkl").write_bytes(nested(64))
+    with pytest.raises(InputError, match=r"deep\.pkl.*a key that is neither text nor a number"):
+        import_weights(tmp_path / "deep.pkl", tmp_path / "p.safetensors", Options())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sigma_data": None}, r"sigma_data = None, expected a positive number"),
+        ({"sigma_data": "x"}, r"sigma_data = x"),
+        ({"sigma_data": 0}, r"sigma_data = 0"),
+        ({"resample_filter": "abc"}, r"resample_filter = abc, expected a list of numbers"),
+        ({"resample_filter": [None]}, r"resample_filter"),
+        ({"family": "VPPrecond", "beta_d": "x"}, r"beta_d = x"),
+        ({"family": "VPPrecond", "beta_d": 0}, r"beta_d = 0"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_are_named(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    save_file(foreign(network("song", SONG)), tmp_path / "w.safetensors")
+    (tmp_path / "s.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match=message):
+        import_weights(tmp_path / "w.safetensors", tmp_path / "p.safetensors", Options(settings=tmp_path / "s.json"))
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "message"),
+    [
+        ("map_layer0.weight", (32, 0), r"'map_layer0.weight' of shape \(32, 0\) is empty"),
+        ("map_label.weight", (8,), r"'map_label.weight' is \(8,\), expected a matrix"),
+        ("map_label.weight", (8, 3), r"'map_label.bias' is missing"),
+    ],
+)
+def test_tensors_that_cannot_be_are_named(key: str, shape: tuple[int, ...], message: str, tmp_path: Path) -> None:
+    tensors = foreign(network("song", SONG)) | {key: torch.ones(shape)}
+    save_file(tensors, tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match=message):
+        import_weights(tmp_path / "w.safetensors", tmp_path / "p.safetensors", Options())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sigma-data", "inf"], "--sigma-data is inf"),
+        (["--data-range", "0", "inf"], "both finite"),
+        (["--intensity", "nan", "1", "HU"], "expected finite"),
+        (["--patch-sizes", "7"], "multiple"),
+        (["--patch-sizes", "8", "7"], "expected multiples of"),
+        (["--patch-sizes", "8", "16"], "largest first"),
+    ],
+    ids=str,
+)
+def test_numbers_that_spoil_a_prior_are_refused(options: list[str], message: str, tmp_path: Path) -> None:
+    save_file(foreign(network("song", SONG)), tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match=message):
+        main(["import-weights", str(tmp_path / "w.safetensors"), "--output", str(tmp_path / "p.safetensors"), *options])
+    assert not (tmp_path / "p.safetensors").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 from pathlib import Path
 from typing import Any, NoReturn
@@ -104,8 +105,10 @@ def _intensity(values: list[str] | None) -> dict[str, Any] | None:
         raise InputError(
             f"--intensity is {' '.join(values)}, expected two numbers and a unit, as -1000 3000 HU."
         ) from None
-    if not scale > 0:
-        raise InputError(f"--intensity has the scale {scale}, expected a positive number.")
+    if not 0 < scale < math.inf or not math.isfinite(offset):
+        raise InputError(
+            f"--intensity has the offset {offset} and the scale {scale}, expected finite ones, a scale > 0."
+        )
     return {"offset": offset, "scale": scale, "units": values[2]}
 
 
@@ -123,9 +126,9 @@ def main(args: list[str]) -> None:
     values["intensity"] = _intensity(values["intensity"])
     if values["data_range"] is not None:
         low, high = values["data_range"] = tuple(values["data_range"])
-        if not low < high:
-            raise InputError(f"--data-range is {low:g} {high:g}, expected a lower and a higher value.")
-    if values["sigma_data"] is not None and not values["sigma_data"] > 0:
+        if not -math.inf < low < high < math.inf:
+            raise InputError(f"--data-range is {low:g} {high:g}, expected a lower and a higher value, both finite.")
+    if values["sigma_data"] is not None and not 0 < values["sigma_data"] < math.inf:
         raise InputError(f"--sigma-data is {values['sigma_data']}, expected a positive number.")
     command = shlex.join(["invrecon", "import-weights", *args])
     card, notes = import_weights(source, output, Options(**values), command)

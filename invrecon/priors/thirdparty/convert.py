@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from invrecon.priors.thirdparty.denoiser import FAMILIES, build_denoiser
 from invrecon.priors.thirdparty.labels import fold_labels
 from invrecon.priors.thirdparty.preconditioning import PRECONDITIONINGS, Discrete
 from invrecon.priors.thirdparty.sources import Source, read_settings, read_source
-from invrecon.priors.weights import SUFFIX, PriorCard, save_prior
+from invrecon.priors.weights import SUFFIX, PriorCard, build_prior, save_prior
 
 # A tensor that each family has, and no other.
 SIGNATURES = {"input_blocks.0.0.weight": "time_embed.0.weight", "map_layer0.weight": "map_layer1.weight"}
@@ -74,6 +75,7 @@ def import_weights(path: Path, output: Path, options: Options, command: str = ""
     source = read_source(path)
     try:
         state, card, notes = convert(source, options)
+        evaluate(state, card)
     except InputError as error:
         raise InputError(f"'{path}' was not imported. {error}") from None
     card.training |= {"source": path.name, "source_sha256": sha256(path), "command": command}
@@ -159,6 +161,8 @@ def locate(source: Source, options: Options, notes: list[str]) -> tuple[dict[str
         if key.startswith(prefix) and not (others and key.startswith(others))
     }
     for key, value in tensors.items():
+        if not value.numel():
+            raise InputError(f"The tensor '{key}' of shape {tuple(value.shape)} is empty; take another checkpoint.")
         if not value.is_floating_point():
             raise InputError(f"The tensor '{key}' holds {value.dtype}, expected floating-point numbers.")
         if not torch.isfinite(value).all():
@@ -182,7 +186,7 @@ def architecture(
     upsampling = _positive(stated.get("num_heads_upsample"))
     if upsampling not in (None, heads.num_heads) and heads.head_channels is None:
         raise InputError("Its decoder has another number of heads than its encoder, which cannot be imported.")
-    taps = stated.get("resample_filter")
+    taps = _taps(stated)
     if "time_embed.0.weight" in tensors:
         network = infer.guided_diffusion(tensors, heads)
         require_heads(network, heads)
@@ -190,9 +194,10 @@ def architecture(
         notes.append(f"Attention order: {order} (--new-attention-order or not; the shapes are the same).")
     else:
         read: Callable[..., dict[str, Any]] = infer.dhariwal if "out_conv.weight" in tensors else infer.song
-        network = read(tensors, heads, None if taps is None else [float(tap) for tap in taps])
+        network = read(tensors, heads, taps)
         if taps is None and not any(key.endswith("resample_filter") for key in tensors):
-            notes.append("Assumed: the resampling filter [1, 1], of which the file has no buffers (else --settings).")
+            own = network["taps"]
+            notes.append(f"Assumed: the resampling filter {own}, of which the file has no buffers (else --settings).")
     if heads.head_channels is None and heads.num_heads is None:
         size = network["head_channels"]
         what = "one attention head" if size is None else f"attention heads of {size} channels"
@@ -216,6 +221,25 @@ def require_heads(network: dict[str, Any], heads: infer.Heads) -> None:
 
 def _positive(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+def _number(stated: dict[str, Any], key: str, default: float) -> float:
+    """Returns a positive number that settings state."""
+    value = stated.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise InputError(f"Its settings say {key} = {value}, expected a positive number.")
+    return float(value)
+
+
+def _taps(stated: dict[str, Any]) -> list[float] | None:
+    """Returns the resampling filter that settings state."""
+    taps = stated.get("resample_filter")
+    if taps is None:
+        return None
+    numbers = isinstance(taps, list | tuple) and all(isinstance(tap, int | float) for tap in taps)
+    if not numbers or not math.isfinite(sum(taps)) or not sum(taps):
+        raise InputError(f"Its settings say resample_filter = {taps}, expected a list of numbers, as [1, 1].")
+    return [float(tap) for tap in taps]
 
 
 def _compare(network: dict[str, Any], stated: dict[str, Any]) -> None:
@@ -281,6 +305,9 @@ def prediction(network: dict[str, Any], stated: dict[str, Any], options: Options
     """Returns what the network predicts, and the settings of its preconditioning."""
     names = f"{stated.get('class_name', '')} {stated.get('family', '')}"
     cls = next((name for name in PRECONDITIONERS if name in names), None)
+    if cls is None and network["family"] == "dhariwal" and network["out_channels"] == 2 * network["image_channels"]:
+        cls = "iDDPMPrecond"  # of EDM's classes the only one with a learned variance
+        notes.append("Two outputs a channel, a learned variance: preconditioned as EDM's iDDPMPrecond.")
     default = "eps" if network["family"] == "guided-diffusion" else "edm"
     if stated.get("predict_xstart") is True:
         default = "x0"
@@ -291,9 +318,9 @@ def prediction(network: dict[str, Any], stated: dict[str, Any], options: Options
     result: dict[str, Any] = {"prediction": kind, "settings": settings}
     steps = options.num_steps or _positive(stated.get("diffusion_steps", stated.get("M"))) or 1000
     if kind == "edm":
-        settings["sigma_data"] = result["sigma_data"] = options.sigma_data or float(stated.get("sigma_data", 0.5))
+        settings["sigma_data"] = result["sigma_data"] = options.sigma_data or _number(stated, "sigma_data", 0.5)
     elif kind == "vp":
-        settings |= {key: float(stated[key]) for key in ("beta_d", "beta_min") if key in stated}
+        settings |= {key: _number(stated, key, 1.0) for key in ("beta_d", "beta_min") if key in stated}
         settings["num_steps"] = steps
     elif issubclass(PRECONDITIONINGS[kind], Discrete):
         iddpm = cls == "iDDPMPrecond"
@@ -333,6 +360,31 @@ def check(network: dict[str, Any], denoiser: dict[str, Any], state: dict[str, Te
                 f"It is another kind of {FAMILIES[network['family']].__name__} than can be imported: its tensor "
                 f"'{key.removeprefix('network.')}' should be {wanted} and is {found}."
             )
+
+
+@torch.no_grad()
+def evaluate(state: dict[str, Tensor], card: PriorCard) -> None:
+    """Denoises a small image of zeros once, in the middle of the noise levels.
+
+    Raises:
+        InputError: If the result holds NaN or Inf, or patches of the sizes given cannot be denoised.
+    """
+    prior: Any = build_prior(card)
+    prior.denoiser.load_state_dict(state)
+    smallest = 2 ** (len(card.network["multipliers"]) - 1)
+    if odd := [size for size in card.patch_sizes if size % smallest]:
+        raise InputError(f"--patch-sizes names {odd[0]}, expected multiples of {smallest}, of its levels.")
+    if sorted(card.patch_sizes, reverse=True) != list(card.patch_sizes):
+        raise InputError(f"--patch-sizes is {card.patch_sizes}, expected the largest first.")
+    size = max(smallest, 16 - 16 % smallest)
+    image = torch.zeros(1, card.network["image_channels"], size, size)
+    position = torch.zeros(1, 2, size, size)
+    sigma = math.sqrt(card.sigma_range[0] * card.sigma_range[1])
+    if not torch.isfinite(prior.denoiser(image, torch.tensor([sigma]), position)).all():
+        raise InputError(
+            f"As it is preconditioned, it makes NaN or Inf of an image of zeros at level {sigma:.4g}: look at "
+            "--prediction, --sigma-data, --data-range and --settings."
+        )
 
 
 def describe(card: PriorCard, notes: list[str], name: str) -> str:

@@ -138,7 +138,8 @@ def song(tensors: Tensors, heads: Heads, taps: list[float] | None) -> dict[str, 
     Args:
         tensors: Its tensors.
         heads: What is stated of its attention; one head if nothing.
-        taps: The resampling filter, for a file without its buffers; `[1, 1]` if None.
+        taps: The resampling filter, for a file without its buffers; if None that of NCSN++ for a residual encoder,
+            `[1, 3, 3, 1]`, else `[1, 1]`.
 
     Raises:
         InputError: If the tensors are not those of such a network.
@@ -163,7 +164,8 @@ def song(tensors: Tensors, heads: Heads, taps: list[float] | None) -> dict[str, 
         "num_features": features,
         "encoder": encoder,
         "decoder": "skip" if any(f"dec.{name}_aux_conv.weight" in tensors for name in names[1:]) else "standard",
-        "taps": _taps(tensors) or taps or [0.5, 0.5],
+        # NCSN++ has a filter of four taps, and in EDM's networks the residual encoder is its.
+        "taps": _taps(tensors) or taps or ([0.125, 0.375, 0.375, 0.125] if encoder == "residual" else [0.5, 0.5]),
         **heads.chosen([], None),
     }
 

@@ -49,7 +49,16 @@ class Record:
     state: dict[Any, Any] = field(default_factory=dict)
 
 
+def _plain(items: Any) -> Any:
+    """Returns keys or members as they are: a tuple of tuples of ... costs 2^n steps to hash, and a file n bytes."""
+    if not all(item is None or isinstance(item, str | int | float) for item in items):
+        raise TypeError("a key that is neither text nor a number")
+    return items
+
+
 def _mapping(*args: Any) -> dict[Any, Any]:
+    if args and not isinstance(args[0], dict):
+        _plain([key for key, _ in args[0]])
     return dict(args[0]) if args else {}
 
 
@@ -81,7 +90,8 @@ def _parameter(data: Any, *_: Any) -> Tensor:
 def _record(meta: Any) -> Record:
     if not isinstance(meta, dict) or not isinstance(meta.get("state"), dict):
         raise TypeError("an object without attributes")
-    return Record(str(meta.get("class_name")), meta["state"])
+    name = meta.get("class_name")
+    return Record(name if isinstance(name, str) else "", meta["state"])
 
 
 def _number(code: Any, content: Any) -> float | int | bool:
@@ -91,7 +101,7 @@ def _number(code: Any, content: Any) -> float | int | bool:
 
 
 def _number_type(code: Any, *_: Any) -> Record:
-    return Record(code if code in NUMBERS else "unknown")
+    return Record(code if isinstance(code, str) and code in NUMBERS else "unknown")
 
 
 # What a snapshot may call, and what is done instead.
@@ -140,11 +150,11 @@ class _Machine:
     def update(self, pairs: list[Any]) -> None:
         if not isinstance(self.stack[-1], dict):
             raise TypeError("items for something that is no dictionary")
-        self.stack[-1].update(zip(pairs[::2], pairs[1::2], strict=True))
+        self.stack[-1].update(zip(_plain(pairs[::2]), pairs[1::2], strict=True))
 
     def extend(self, items: list[Any]) -> None:
         if isinstance(self.stack[-1], set):
-            self.stack[-1].update(items)
+            self.stack[-1].update(_plain(items))
         elif isinstance(self.stack[-1], list):
             self.stack[-1].extend(items)
         else:
@@ -178,7 +188,8 @@ class _Machine:
             self.stack[-num:] = [tuple(stack[-num:])]
         elif code in ("TUPLE", "LIST", "FROZENSET"):
             items = self.since_mark()
-            self.stack.append({"TUPLE": tuple, "LIST": list, "FROZENSET": frozenset}[code](items))  # type: ignore[operator]
+            kind: Any = {"TUPLE": tuple, "LIST": list, "FROZENSET": frozenset}[code]
+            self.stack.append(kind(_plain(items) if kind is frozenset else items))
         elif code == "DICT":
             items = self.since_mark()
             self.stack.append({})

@@ -121,8 +121,17 @@ def _settings(record: Record) -> dict[str, dict[str, Any]]:
 
 
 def _arguments(record: Record) -> dict[str, Any]:
+    """Returns the plain ones: numbers, texts and lists of them; what nests further no architecture is read from."""
     arguments = record.state.get("_init_kwargs")
-    return dict(arguments) if isinstance(arguments, dict) else {}
+    arguments = arguments if isinstance(arguments, dict) else {}
+    return {key: value for key, value in arguments.items() if _is_plain(value)}
+
+
+def _is_plain(value: Any) -> bool:
+    scalar = str | int | float | None
+    if isinstance(value, list | tuple):
+        return len(value) <= MAX_DEPTH and all(isinstance(item, scalar) for item in value)
+    return isinstance(value, scalar)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -139,4 +148,4 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise InputError(f"The settings '{path}' are not JSON ({error}); give a JSON object.") from None
     if not isinstance(settings, dict):
         raise InputError(f"The settings '{path}' are a {type(settings).__name__}, expected a JSON object.")
-    return settings
+    return {key: value for key, value in settings.items() if _is_plain(value)}
