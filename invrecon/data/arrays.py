@@ -54,6 +54,7 @@ class ArrayFile(KSpace):
                 f"{path} holds elements of type {dtype}, expected complex k-space: save it as complex64; magnitude "
                 "images go into a dataset 'data' of an HDF5 file."
             )
+        self.is_named = suffix_of(path) in HDF5_SUFFIXES and dataset == "kspace"
         self._stacked = len(shape) == 4
         self._finish(tuple(shape) if self._stacked else (1, *shape), patient)
         self.noise_std = read_noise_std(path, attrs, self.shape[1])

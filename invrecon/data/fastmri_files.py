@@ -40,6 +40,9 @@ class FastMRIFile(KSpace):
                     "rows, columns), or (slices, rows, columns) for one coil."
                 )
             shape = stored.shape if stored.ndim == 4 else (stored.shape[0], 1, *stored.shape[1:])
+            for name in {"mask", "ismrmrd_header"} & set(file):
+                if not hasattr(file[name], "dtype"):
+                    raise InputError(f"'{name}' of {path} is a group, expected a dataset.")
             self.states_mask = "mask" in file
             mask_shape = file["mask"].shape if self.states_mask else (shape[3],)
             if tuple(mask_shape) != (shape[3],):
@@ -58,6 +61,8 @@ class FastMRIFile(KSpace):
             self.metadata, _ = fastmri_slices()._retrieve_metadata(path)
             field = header_values(header, "encodedSpace", "fieldOfView_mm")
             encoded, asked = self.metadata["encoding_size"], self.metadata["recon_size"]
+            if min(*encoded, *asked, *field) <= 0:
+                raise ValueError(f"matrix {encoded}, {asked} and field of view {field} have to be positive")
             self.voxel_mm = (field[2] / encoded[2], field[0] / encoded[0], field[1] / encoded[1])
         except Exception as error:
             raise InputError(
@@ -74,6 +79,8 @@ class FastMRIFile(KSpace):
         dataset = fastmri_slices()
         dataset.raw_samples = [(self.path, index, self.metadata)]
         kspace, mask, *_ = dataset[0]
+        if mask is not None and not np.isfinite(mask).all():
+            raise InputError(f"The mask of {self.path} holds NaN or Inf, expected 0 and 1, an entry a column.")
         return kspace if kspace.ndim == 3 else kspace[None], None if mask is None else mask.reshape(1, -1) > 0
 
 
@@ -97,6 +104,8 @@ def header_values(header: bytes | str, space: str, entry: str) -> tuple[float, f
 
     root = ElementTree.fromstring(header)
     x, y, z = (float(et_query(root, ["encoding", space, entry, axis])) for axis in "xyz")
+    if not all(0 < value < float("inf") for value in (x, y, z)):
+        raise ValueError(f"{space}/{entry} is {x:g} x {y:g} x {z:g}, and has to be positive")
     return x, y, z
 
 

@@ -24,14 +24,16 @@ GROUP = "dataset"
 CENTRE = ["encoding", "encodingLimits", "kspace_encoding_step_1", "center"]
 BANDWIDTH = ["acquisitionSystemInformation", "relativeReceiverNoiseBandwidth"]
 PATIENT = ["subjectInformation", "patientID"]
-NOISE, REVERSED = 19, 22
+NOISE, CALIBRATION, REVERSED = 19, 20, 22
 LEAST_SAMPLES = 10  # of noise, a coil
 NOT_IMAGING = (NOISE, 23, 24, 26, 27, 28, 29, 30, 31)
 SINGLE = ("kspace_encode_step_2", "contrast", "phase", "repetition", "set")
 
 
 class ISMRMRDFile(KSpace):
-    """Cartesian two-dimensional ISMRMRD data; averages are averaged, lines for calibration take part.
+    """Cartesian two-dimensional ISMRMRD data of the first encoding space; averages are averaged.
+
+    Readouts for calibration alone, which may be of another contrast, take the place of lines that were not measured.
 
     Raises:
         InputError: The header is not understood or contradicts the readouts, or the scan is no stack of Cartesian
@@ -56,7 +58,13 @@ class ISMRMRDFile(KSpace):
                     f"encodedSpace and reconSpace, and readouts in '{GROUP}/data'."
                 ) from error
         skipped = sum(1 << (number - 1) for number in NOT_IMAGING)
-        self._lines = np.nonzero((heads["flags"] & np.uint64(skipped)) == 0)[0]
+        chosen = (heads["flags"] & np.uint64(skipped)) == 0
+        if "encoding_space_ref" in (heads.dtype.names or ()):
+            chosen &= heads["encoding_space_ref"] == 0
+        place = heads["idx"]["slice"].astype(int) << 16 | heads["idx"]["kspace_encode_step_1"].astype(int)
+        extra = (heads["flags"] & np.uint64(1 << (CALIBRATION - 1))) != 0
+        chosen &= ~(extra & np.isin(place, place[chosen & ~extra]))
+        self._lines = np.nonzero(chosen)[0]
         self._heads = heads[self._lines]
         self._encoded = (int(encoded[0]), int(encoded[1]))
         self._check()
@@ -150,6 +158,11 @@ class ISMRMRDFile(KSpace):
             for n in chosen:
                 head, line = self._heads[n], columns[n]
                 values = np.asarray(stored[int(self._lines[n])]["data"], dtype=np.float32).view(np.complex64)
+                if values.size != num_coils * int(head["number_of_samples"]):
+                    raise InputError(
+                        f"Readout {int(self._lines[n])} of {self.path} has {values.size} samples, but its header says "
+                        f"{num_coils} coils of {int(head['number_of_samples'])}: the file is damaged; convert it again."
+                    )
                 values = values.reshape(num_coils, -1)
                 top = self._encoded[0] // 2 - int(head["center_sample"])
                 total[:, top : top + values.shape[1], line] += values

@@ -34,6 +34,7 @@ class KSpace(ABC):
         shape: `(N, coils, H, W)` as read.
         matrix: Size of the image that is asked for, cut from the middle of what k-space gives; None is all of it.
         states_mask: Whether the file says what was measured: it then was undersampled by the scanner.
+        is_named: Whether the file says that it is k-space; another complex array may be images.
         voxel_mm: Voxel size `(z, y, x)` [mm], or None.
         noise_std: Standard deviation of real and imaginary parts that the file states, `()` or `(coils,)`, or None.
         noise_covariance: Covariance of the coils' noise that the file states, `(coils, coils, 2)` per real component
@@ -47,6 +48,7 @@ class KSpace(ABC):
     shape: tuple[int, int, int, int]
     matrix: Matrix | None = None
     states_mask: bool = False
+    is_named: bool = True
     voxel_mm: VoxelSize | None = None
     noise_std: Tensor | None = None
     noise_covariance: Tensor | None = None
@@ -91,6 +93,11 @@ class KSpace(ABC):
         if not kept.any() or not z.any():
             raise InputError(f"The k-space of slice {index} in {self.path} is zero throughout; leave the slice out.")
         _check_centred(z * kept, f"slice {index} in {self.path}")
+        if not self.is_named and _looks_like_image(z):
+            raise InputError(
+                f"Slice {index} in {self.path} is smooth and has no peak as k-space has at its centre: an image? "
+                "Give its magnitude, or, if it is k-space, an HDF5 file with a dataset 'kspace'."
+            )
         # Without oversampling rows lie further apart in k-space: one in H / n is left.
         rows = (torch.arange(self.shape[2]) - self.shape[2] // 2) * z.shape[1] / self.shape[2] + z.shape[1] // 2
         z, kept = crop_readout(z * kept, self.shape[2]), kept[rows.round().long().clamp(0, z.shape[1] - 1)]
@@ -132,6 +139,16 @@ def _check_centred(z: Tensor, what: str) -> None:
             "middle: k-space comes with its centre in the middle (fftshift), with axes in the order (slices, coils, "
             "rows, columns), and not as images."
         )
+
+
+def _looks_like_image(z: Tensor) -> bool:
+    """Tells images from k-space `(coils, H, W)`, which has a peak, and from noise, whose neighbours are not alike."""
+    magnitude = z.abs().square().sum(0).sqrt()
+    peaked = float(magnitude.max()) ** 2 > 30 * float(magnitude.square().mean())
+    if peaked or min(magnitude.shape) < 8:
+        return False
+    neighbours = torch.stack([magnitude[:, 1:].flatten(), magnitude[:, :-1].flatten()])
+    return float(torch.corrcoef(neighbours)[0, 1]) > 0.7
 
 
 def crop_readout(z: Tensor, num: int) -> Tensor:
@@ -177,6 +194,7 @@ def calibration_scale(kspace: Tensor, mask: Tensor, max_acs: int = 24) -> float:
     Raises:
         InputError: The centre of k-space was not measured.
     """
+    largest = float(kspace.abs().amax()) or 1.0  # squares of very small or large units leave the range of float32
     rows, columns = calibration_region(mask)
     acs = (min(rows.stop - rows.start, max_acs), min(columns.stop - columns.start, max_acs))
     if min(acs) < 2:
@@ -185,8 +203,8 @@ def calibration_scale(kspace: Tensor, mask: Tensor, max_acs: int = 24) -> float:
             "to find the scale of the image: sample the centre, or see that the k-space is centred."
         )
     block = central_block((mask.shape[0], mask.shape[1]), acs) & (mask != 0)
-    images = ifft2c(pairs_to_complex(kspace) * block.to(kspace.device))
-    return float(images.abs().square().sum(0).sqrt().flatten().quantile(0.99))
+    images = ifft2c(pairs_to_complex(kspace / largest) * block.to(kspace.device))
+    return largest * float(images.abs().square().sum(0).sqrt().flatten().quantile(0.99))
 
 
 def measured_scale(kspace: Tensor, mask: Tensor, maps: Tensor | None = None) -> float:

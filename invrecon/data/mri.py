@@ -50,8 +50,8 @@ class MRIData(ReconstructionData):
     the covariance of the coils), or is estimated from the highest frequencies, coil by coil.
 
     Args:
-        paths: fastMRI, ISMRMRD, npy or cfl files of k-space, HDF5 files of complex or magnitude images, NIfTI or NRRD
-            files, folders of DICOM; or folders of these.
+        paths: fastMRI, ISMRMRD, HDF5, npy or cfl files of k-space, HDF5, NIfTI or NRRD files of magnitude images,
+            folders of DICOM; or folders of these.
         slices: Selection applied to each file: '3', '1,4,9' or '10:90:5' (end excluded); None is all.
         size: Side of simulated images in pixels; volumes are cropped or zero-padded to it. K-space keeps its own size.
         sampling: What is measured of fully sampled k-space; all of it if None.
@@ -132,7 +132,7 @@ class MRIData(ReconstructionData):
                 white = prewhiten(full, covariance)
             except InputError as error:
                 raise InputError(f"{str(error).rstrip('.')}; or set data.prewhiten to false.") from None
-            std = full.norm() / white.norm()  # so that k-space, and images, keep the file's units
+            std = covariance.diagonal()[0].median().sqrt()  # of a typical coil: images keep the file's units, all alike
             full = std * white
         complete = not file.states_mask and is_block(mask)
         if complete:

@@ -111,9 +111,14 @@ class NonCartesianMRI(MRI):
         """Returns a copy with the case's maps, trajectory and noise level.
 
         Raises:
-            InputError: As in `MRI.bind`, or the trajectory is unusable.
+            InputError: As in `MRI.bind`, or the trajectory is unusable, or the case was measured on a grid.
         """
         own: Any = self
+        if case.mask is not None and case.measurement is not None:
+            raise InputError(
+                f"This k-space was measured on a Cartesian grid, and {type(self).__name__} samples along trajectories: "
+                "take CartesianMRI, or give magnitude images, whose measurement is simulated."
+            )
         trajectory = None if case.geometry is None else case.geometry.get("trajectory")
         if trajectory is not None:
             other = _check_trajectory(torch.as_tensor(trajectory))

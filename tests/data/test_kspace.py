@@ -22,6 +22,7 @@ from invrecon.data.kspace import (
     estimate_noise,
     image_kspace,
     is_block,
+    measured_scale,
 )
 from invrecon.data.kspace_files import is_kspace, open_kspace
 from invrecon.data.mri import random_phase
@@ -274,6 +275,17 @@ def test_the_scale_is_that_of_the_calibration_region_alone() -> None:
         calibration_scale(y, ~mask)
 
 
+@pytest.mark.parametrize("unit", [1e-25, 1e25])
+def test_the_scale_is_found_in_any_unit(unit: float) -> None:
+    """Squares of either unit are beyond float32."""
+    image = random_phase(ellipse_phantom(32, make_generator(0, "phantom"))[0], make_generator(0, "phase"))
+    y, mask = image_kspace(image), torch.ones(32, 32, dtype=torch.bool)
+    mask[:, ::3] = False
+    mask[:, 12:20] = True
+    y = y * mask[..., None]
+    assert measured_scale(unit * y, mask) == pytest.approx(unit * measured_scale(y, mask), rel=1e-3)
+
+
 def test_image_kspace_is_the_forward_model() -> None:
     image, maps = torch.randn(2, 5, 6), torch.randn(3, 5, 6, 2)
     expected = fft2c(pairs_to_complex(maps) * torch.complex(image[0], image[1]))
@@ -308,6 +320,9 @@ def mask_of_width(width: int) -> Callable[[h5py.File], None]:
         (lambda f: replace_kspace(f, (N, COILS, H, W + 2)), rf"says that k-space has {H} x {W} .* has {H} x {W + 2}"),
         (lambda f: replace_header(f, b"<no xml"), "header of .* is not understood"),
         (lambda f: replace_header(f, b"<a/>"), "header of .* is not understood"),
+        (lambda f: f.create_group("mask") and None, "'mask' of .* is a group"),
+        (lambda f: replace_header(f, fastmri_header((H, W), (0, W), (5.0, 1.0, 1.0))), "have to be positive"),
+        (lambda f: replace_header(f, fastmri_header((H, W), (H, W), (5.0, 0.0, 1.0))), "has to be positive"),
     ],
 )
 def test_a_bad_file_says_what_is_wrong(

@@ -18,7 +18,7 @@ from invrecon.data.mri import random_phase
 from invrecon.data.phantoms import ellipse_phantom
 from invrecon.errors import InputError
 from invrecon.operators.coils import simulated_maps
-from invrecon.operators.fourier import complex_to_pairs, fft2c, pairs_to_complex
+from invrecon.operators.fourier import complex_to_pairs, fft2c, ifft2c, pairs_to_complex
 from invrecon.operators.noise import NoiseModel, RelativeGaussianNoise, SNRNoise
 from invrecon.operators.sampling import EquispacedLines
 from invrecon.rng import make_generator, make_generators
@@ -55,6 +55,15 @@ def test_a_slice_of_noise_has_no_centre_and_is_read(tmp_path: Path) -> None:
     noise[:, 0, 0] *= 1.5
     np.save(tmp_path / "noise.npy", pairs_to_complex(noise).numpy())
     assert torch.equal(open_kspace(tmp_path / "noise.npy").read(0)[0], noise)
+
+
+def test_images_are_no_kspace(tmp_path: Path, kspace: Tensor) -> None:
+    images = ifft2c(kspace).to(torch.complex64)
+    np.save(tmp_path / "images.npy", images.numpy())
+    with h5py.File(tmp_path / "images.h5", "w") as file:
+        file["data"] = images[None].numpy()
+    for name in ("images.npy", "images.h5"):
+        refuse(tmp_path / name, "no peak as k-space has at its centre: an image")
 
 
 @pytest.mark.parametrize("what", ["mask", "group", "one coil"])
@@ -101,6 +110,33 @@ def test_samples_that_an_ismrmrd_readout_lacks_are_not_measured(tmp_path: Path, 
     y, kept = open_kspace(path).read(0)
     assert kept[10:].all() and not kept[:10].any()
     assert torch.allclose(pairs_to_complex(y)[:, 10:], kspace[:, 10:].to(torch.complex64))
+
+
+def test_calibration_readouts_only_fill_what_was_not_imaged(tmp_path: Path, kspace: Tensor) -> None:
+    """They may be of another contrast: here, of the opposite sign."""
+    path = write_ismrmrd(tmp_path / "a.h5", complex_to_pairs(kspace)[None])
+    with h5py.File(path, "a") as file:
+        data = file["dataset/data"][()]
+        extra = data[1 + SIZE // 2 - 4 : 1 + SIZE // 2 + 4].copy()
+        imaged = np.delete(data, [1 + SIZE // 2 - 3])  # of one line there is the calibration alone
+        for n in range(len(extra)):
+            extra[n]["head"]["flags"] |= 1 << 19
+            extra[n]["data"] = -extra[n]["data"]
+        del file["dataset/data"]
+        file["dataset/data"] = np.concatenate([imaged, extra])
+    y, kept = open_kspace(path).read(0)
+    expected = kspace.to(torch.complex64)
+    expected[:, :, SIZE // 2 - 3] *= -1
+    assert kept.all() and torch.allclose(pairs_to_complex(y), expected)
+
+
+def test_a_readout_of_another_length_than_it_says_is_refused(tmp_path: Path, kspace: Tensor) -> None:
+    path = write_ismrmrd(tmp_path / "a.h5", complex_to_pairs(kspace)[None])
+    with h5py.File(path, "a") as file:
+        data = file["dataset/data"][()]
+        data[5]["data"] = data[5]["data"].reshape(COILS, SIZE, 2)[:, :-4].reshape(-1).copy()
+        file["dataset/data"][...] = data
+    refuse(path, rf"Readout 5 of .* has {COILS * (SIZE - 4)} samples, but its header says {COILS} coils of {SIZE}")
 
 
 def test_readouts_acquired_backwards_are_refused(tmp_path: Path, kspace: Tensor) -> None:

@@ -183,6 +183,9 @@ def test_coils_whose_noise_is_known_are_whitened(truth: tuple[Tensor, Tensor], t
     identity = torch.view_as_real(torch.eye(COILS, dtype=torch.complex64))
     assert float((seen - identity).abs().max()) < 0.45 < 1 < float((other - identity).abs().max())
     assert raw.noise_std.numel() == COILS, "estimated coil by coil"
+    fainter = noisy_scan(tmp_path / "b.h5", mixing, 0.1 * truth[1], 0.2 * UNIT)
+    other_std = whole_case(MRIData(str(fainter), sampling=SAMPLING))
+    assert float(other_std.noise_std) * other_std.scale == pytest.approx(std), "whatever the coils see"
     for found in (case, raw):  # judged in units of their own, the whitened one by the whitened whole
         image = CartesianMRI(SIZE, maps=found.maps).adjoint(found.measurement[None])[0]
         assert float((image - found.reference).norm() / found.reference.norm()) < 0.7
