@@ -117,6 +117,7 @@ def main(args: list[str], run: Callable[[list[str]], Any]) -> None:
     if cli.trainer.world_size > 1:
         raise InputError(f"tune runs on one device, got {cli.trainer.world_size}: set --trainer.devices=1.")
     settings = cli.settings()
+    refuse_samples(settings["data"]["init_args"].get("paths"))
     model, method = settings["model"], type(cli.model.method).__name__
     space = space or default_space(method, noisy=not isinstance(cli.model.noise, NoNoise))
     default = {key: check_default(key, find(model, key), domain) for key, domain in space.items()}
@@ -147,6 +148,20 @@ def main(args: list[str], run: Callable[[list[str]], Any]) -> None:
     print(f"Written to {output}: tuned.yaml, trials.csv. On other cases than these:")
     command = ["invrecon", "test", *_without(rest, OF_THE_CASES), "--config", str(output / "tuned.yaml")]
     print(f"  {shlex.join(command)} --data.paths FILES")
+
+
+def refuse_samples(paths: Any) -> None:
+    """Refuses the samples that the configs come with.
+
+    Raises:
+        InputError: A path is none of the user's, but the name of a shipped file.
+    """
+    for name in [paths] if isinstance(paths, str) else paths or ():
+        if not Path(name).expanduser().exists():
+            raise InputError(
+                f"tune would search on '{name}', a shipped sample, which is there to test on: name your validation "
+                "cases with --data.paths."
+            )
 
 
 def read_space(texts: Sequence[str]) -> Space:

@@ -45,9 +45,10 @@ class MRIData(ReconstructionData):
     function of (seed, case).
 
     Images are divided by the 99th percentile of what the centre of k-space shows, found by least squares from what was
-    measured, each case by its own (`measured_scale`): nothing that the scanner does not tell is used. Results are
-    written in the file's own units. The noise of measured k-space is what the file states (attribute `noise_std`, or
-    the covariance of the coils), or is estimated from the highest frequencies, coil by coil.
+    measured, each case by its own (`measured_scale`): nothing that the scanner does not tell is used. Of magnitude
+    volumes it is that of a noise-free measurement by `sampling`, also where the operator then measures along a
+    trajectory. Results are written in the file's own units. The noise of measured k-space is what the file states
+    (attribute `noise_std`, or the covariance of the coils), or is estimated from the highest frequencies, coil by coil.
 
     Args:
         paths: fastMRI, ISMRMRD, HDF5, npy or cfl files of k-space, HDF5, NIfTI or NRRD files of magnitude images,

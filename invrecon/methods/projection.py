@@ -76,10 +76,11 @@ class PinvConditioning(Conditioning):
 
     `A^+` is a few CG iterations, which also keep it from amplifying noise. Without noise `lambda = 1`. With noise
     the correction fades as the level falls below that of the noise, by one factor for all singular values, as if they
-    were equal; `DDNMPlus` has one for each.
+    were equal, and the noise that it brings is not taken off the transition's: where noise is comparable to the data
+    take `DDNMPlus`, which does both, singular value by singular value.
 
     Source: Wang, Yu & Zhang, "Zero-shot image restoration using denoising diffusion null-space model" (DDNM), ICLR
-    2023, Eq. 13, 17 and 18.
+    2023, Eq. 13; `lambda` is a simplification of its Eq. 17 to 19.
 
     Args:
         num_iterations: CG iterations of the pseudo-inverse.

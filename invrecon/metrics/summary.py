@@ -31,6 +31,7 @@ COLUMNS: dict[str, Column] = {
     "psnr": Column("PSNR", "dB", 2, 1),
     "ssim": Column("SSIM", "", 4, 1),
     "psnr_body": Column("PSNR, body", "dB", 2, 1),
+    "acceleration": Column("Acceleration", "", 2, 0),
     "relative_residual": Column("Residual", "", 5, -1),
     "data_loss": Column("Data loss", "", 3, -1, "g"),
     "held_out_loss": Column("Held-out loss", "", 3, -1, "g"),

@@ -65,7 +65,7 @@ def view(part: Part, intensity: Intensity) -> tuple[tuple[Window, ...] | None, I
 
 
 def volume_rows(store: PredictionStore) -> list[dict[str, Any]]:
-    """Returns fastMRI's metrics of each case whose slices all came with a reference.
+    """Returns fastMRI's metrics of each case, over the slices that were reconstructed, if all have a reference.
 
     Their data range is the largest value of these references; or what a file of fastMRI says of the reference of all of
     its slices (`max`), which is a root sum of squares where ours is the combination of coils by their maps.

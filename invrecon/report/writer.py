@@ -194,7 +194,8 @@ class ResultWriter(lightning.Callback):
         write_csv(self.output / "volumes.csv", rows)
         means = {name: fmean(row[name] for row in rows) for name in ("nmse", "psnr", "ssim")}
         write_json(self.output / "summary.json", {**summary, "volumes": {**means, "num_volumes": len(rows)}})
-        what = f"{len(rows)} whole volume{'s' * (len(rows) != 1)}, by fastMRI's formulas"
+        num = sum(row["num_slices"] for row in rows)
+        what = f"{len(rows)} volume{'s' * (len(rows) != 1)} of {num} slice{'s' * (num != 1)}, by fastMRI's formulas"
         return f"{what}: NMSE {means['nmse']:.4f}, PSNR {means['psnr']:.2f} dB, SSIM {means['ssim']:.4f}\n"
 
     def _figure(self, part: Part, what: str = "") -> Path:

@@ -197,6 +197,12 @@ def test_without_a_search_space_the_methods_own_is_taken(
     assert cli.model.method.num_iterations == 25 and cli.model.operator.num_views == 12
 
 
+def test_samples_are_no_validation_cases(invrecon: Callable[..., Any], tmp_path: Path) -> None:
+    args = ["tune", "--config", "tv_ct.yaml", "--output", str(tmp_path / "out"), *QUIET]
+    refused(lambda: invrecon(args), "'lung2_sample.h5', a shipped sample.*--data.paths")
+    assert not (tmp_path / "out").exists()
+
+
 def test_keys_deep_inside_and_choices(invrecon: Callable[..., Any], library: Path, tmp_path: Path) -> None:
     """A range of integers, a class by name, and a setting of a setting, read from a file."""
     ranges = {"method.cg_iterations": [1, 2, "int"], "method.transition": {"choices": ["Renoise", "DDIM"]}}
