@@ -241,9 +241,21 @@ class InvreconCLI(LightningCLI):
                 )
             config.ckpt_path = str(last)
 
+    def before_test(self) -> None:
+        """Refuses a checkpoint of a training."""
+        self._refuse_checkpoint()
+
     def before_predict(self) -> None:
-        """Keeps no predictions in memory: the writer has them."""
+        """Keeps no predictions in memory: the writer has them. Refuses a checkpoint of a training."""
         self.config_init.predict.return_predictions = False
+        self._refuse_checkpoint()
+
+    def _refuse_checkpoint(self) -> None:
+        if (path := self.config[self.subcommand].get("ckpt_path")) is not None:
+            raise InputError(
+                f"--ckpt_path '{path}' is for `invrecon fit` and `validate`: give the prior that the training exported "
+                "as --model.prior FOLDER/prior.safetensors."
+            )
 
 
 class SameRun(lightning.Callback):
@@ -330,7 +342,7 @@ def resolve_configs(args: list[str]) -> list[str]:
 def spell_slices(args: list[str]) -> list[str]:
     """Writes `--data.slices 5:` as `5::`, because the parser takes `5:` for a YAML mapping."""
     text = "\0".join(args)
-    return re.sub(r"(--data\.slices[\0=]\d+:)(?=\0|$)", r"\1:", text).split("\0") if args else []
+    return re.sub(r"(--data\.slices[\0=]-?\d+:)(?=\0|$)", r"\1:", text).split("\0") if args else []
 
 
 def _config(name: str) -> Path:
@@ -409,6 +421,15 @@ def main(args: list[str] | None = None) -> InvreconCLI | None:
     )
 
 
+def to_continue(args: list[str]) -> str:
+    """Returns how to go on with a command that was ended."""
+    if args[:1] == ["predict"] and not any(arg.partition("=")[0] == "--output" for arg in args):
+        return "to continue, run the same command again with the folder that it began as --output."
+    if args[:1] == ["test"]:
+        return "`test` begins anew."
+    return "run the same command again to continue."
+
+
 def main_entry() -> None:
     """The console script: one sentence and status 1 for what the user can mend, a traceback only for our own faults."""
     try:
@@ -420,8 +441,8 @@ def main_entry() -> None:
         print(f"invrecon: {str(error).splitlines()[0]} Look at the `trainer` options.", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("invrecon: interrupted; run the same command again to continue.", file=sys.stderr)
+        print(f"invrecon: interrupted; {to_continue(sys.argv[1:])}", file=sys.stderr)
         sys.exit(130)
     except SIGTERMException:
-        print("invrecon: terminated; run the same command again to continue.", file=sys.stderr)
+        print(f"invrecon: terminated; {to_continue(sys.argv[1:])}", file=sys.stderr)
         sys.exit(143)

@@ -14,7 +14,7 @@ def shared_folder(name: str) -> Path:
 
 
 def find_shared(path: str | Path, folder: str, suffix: str = "") -> Path:
-    """Returns `path` if it exists, else the shipped file of that bare name if there is one, else `path`.
+    """Returns `path` if it is a file, else the shipped file of that bare name if there is one, else `path`.
 
     Args:
         path: What the user wrote.
@@ -22,7 +22,7 @@ def find_shared(path: str | Path, folder: str, suffix: str = "") -> Path:
         suffix: Ending that may be left out of a bare name.
     """
     path = Path(path)
-    if not path.exists() and path.name == str(path):
+    if not path.is_file() and path.name == str(path):
         for name in (path.name, path.name + suffix):
             shipped = shared_folder(folder) / name
             if shipped.exists():

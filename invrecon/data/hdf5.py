@@ -42,14 +42,19 @@ def list_datasets(file: Any) -> list[str]:
 
 
 def read_voxel_mm(path: Path, attrs: dict[str, Any]) -> VoxelSize | None:
-    """Reads the attribute `voxel_mm`, stored `(x, y, z)`, as `(z, y, x)` [mm]; absent or empty is None."""
+    """Reads the attribute `voxel_mm` as `(z, y, x)` [mm]; absent or empty is None.
+
+    It is stored `(x, y, z)`, unless `voxel_mm_axes` says "z, y, x", as in results of ours.
+    """
     values = np.atleast_1d(np.asarray(attrs.get("voxel_mm", [])))
     if values.size == 0:
         return None
     if values.shape != (3,) or values.dtype.kind not in "fiu" or not (np.isfinite(values) & (values > 0)).all():
         raise InputError(f"The attribute 'voxel_mm' of {path} is {values}, expected three positive lengths (x, y, z).")
-    x, y, z = (float(v) for v in values)
-    return z, y, x
+    first, second, third = (float(v) for v in values)
+    if text_of(attrs.get("voxel_mm_axes", "")).startswith("z"):
+        return first, second, third
+    return third, second, first
 
 
 def check_real(path: Path, dtype: np.dtype) -> None:

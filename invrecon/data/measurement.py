@@ -105,10 +105,10 @@ class Measurement:
             )
         if noise is None:
             return torch.from_numpy(values)[None], None
-        if not (np.isfinite(noise) & (noise >= 0)).all():
+        if not (np.isfinite(noise) & (noise > 0)).all():
             raise InputError(
-                f"'noise_std' of sinogram {index} in {self.path} has negative, NaN or Inf values, expected "
-                "standard deviations >= 0; leave 'noise_std' out for noise-free data."
+                f"'noise_std' of sinogram {index} in {self.path} has values that are zero, negative, NaN or Inf, "
+                "expected standard deviations > 0; leave 'noise_std' out for noise-free data."
             )
         std = torch.as_tensor(noise)
         return torch.from_numpy(values)[None], std if std.ndim == 0 else std[None]
@@ -171,8 +171,8 @@ def write_measurement(
     noise = None if noise_std is None else np.asarray(torch.as_tensor(noise_std).cpu(), dtype=np.float32)
     if noise is not None:
         _check_noise(path, noise, values.shape)
-        if not (np.isfinite(noise) & (noise >= 0)).all():
-            raise InputError(f"'noise_std' for {path} has negative, NaN or Inf values, expected numbers >= 0.")
+        if not (np.isfinite(noise) & (noise > 0)).all():
+            raise InputError(f"'noise_std' for {path} has values that are zero, negative, NaN or Inf, expected > 0.")
     intensity = Intensity()
     with atomic_h5(path) as file:
         file.attrs.update({"format": FORMAT, "version": VERSION, "source": source, "patient": patient})
@@ -267,5 +267,8 @@ def _check_noise(path: Path, noise: Any, shape: tuple[int, ...]) -> None:
             f"'noise_std' of {path} has shape {tuple(noise.shape)}, expected one number, one per sinogram "
             f"{shape[:1]}, or one per ray {tuple(shape)}."
         )
-    if noise.ndim == 0 and not (math.isfinite(float(noise[()])) and float(noise[()]) >= 0):
-        raise InputError(f"'noise_std' of {path} is {float(noise[()])}, expected a standard deviation >= 0.")
+    if noise.ndim == 0 and not (math.isfinite(float(noise[()])) and float(noise[()]) > 0):
+        raise InputError(
+            f"'noise_std' of {path} is {float(noise[()])}, expected a standard deviation > 0; leave it out for "
+            "noise-free data."
+        )

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
@@ -54,6 +53,14 @@ class PatchPlan(NamedTuple):
     key: str
     held_out: bool = False
     changes: Changes | None = None
+
+    def to(self, device: torch.device) -> PatchPlan:
+        """Returns the plan on another device."""
+        changes = self.changes
+        if changes is not None:
+            changes = Changes(*(item.to(device) if isinstance(item, Tensor) else item for item in changes))
+        image, top, left = (item.to(device) for item in (self.image, self.top, self.left))
+        return self._replace(image=image, top=top, left=left, changes=changes)
 
 
 class PatchSampler:
@@ -112,7 +119,8 @@ class PatchSampler:
             self.images = self.images.to(device)
         if self.images.device == device:
             return self._cut(plan)
-        return move_data_to_device(self._cut(move_data_to_device(plan, self.images.device)), device)
+        batch = self._cut(plan.to(self.images.device))
+        return batch._replace(x=batch.x.to(device), position=batch.position.to(device))
 
     def _cut(self, plan: PatchPlan) -> PatchBatch:
         place, size = (plan.image, plan.top, plan.left), plan.patch_size

@@ -76,7 +76,8 @@ class ReconstructionData(lightning.LightningDataModule):
         """Finds the files, checks headers and every selected slice, so that nothing fails hours later.
 
         Raises:
-            InputError: If a file or selection is of no use, or two files have one name.
+            InputError: If a file or selection is of no use, two files have one name, or one has no reference to be
+                tested against.
         """
         if self._files is not None:
             return
@@ -87,6 +88,11 @@ class ReconstructionData(lightning.LightningDataModule):
             if file.stem in stems:
                 raise InputError(
                     f"{path} and {stems[file.stem]} have the same name, which names their results; rename one."
+                )
+            if stage == "test" and isinstance(file, Measurement):
+                raise InputError(
+                    f"{path} is a measurement without a reference, so there is nothing to test against: use "
+                    "`invrecon predict`."
                 )
             stems[file.stem] = path
             indices = parse_slices(self.slices, len(file), name=str(path))

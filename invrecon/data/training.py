@@ -22,7 +22,7 @@ from invrecon.data.measurement import is_measurement
 from invrecon.data.patches import FixedBatches, PatchBatch, PatchPlan, PatchSampler, PatchStream
 from invrecon.data.phantoms import ellipse_phantom
 from invrecon.data.volume import file_stem
-from invrecon.data.volumes import find_volumes, read_volume
+from invrecon.data.volumes import check_hounsfield, find_volumes, read_volume
 from invrecon.errors import InputError
 from invrecon.priors.layouts import shift_law
 from invrecon.rng import make_generator
@@ -303,17 +303,7 @@ class CTTraining(PriorTraining):
                 f"convert it with `python -m invrecon.data.convert {file} OUT --size {self.size}` or set data.size."
             )
         stored = voxels.round().clamp(-(2**15), 2**15 - 1).short()
-        if float(voxels.abs().max()) <= 5:  # fractions, or attenuation
-            raise InputError(
-                f"The values of '{file}' lie between {float(voxels.min()):.4g} and {float(voxels.max()):.4g}, expected "
-                "Hounsfield units, air at -1000 and water at 0: convert them."
-            )
-        if int(stored.min()) > -500:
-            warnings.warn(
-                f"'{file}' has no value below -500 HU, and so no air: if its values carry an offset, such as 1024, "
-                "take it off.",
-                stacklevel=2,
-            )
+        check_hounsfield(file, float(voxels.min()), float(voxels.max()))
         return stored, volume.patients
 
     def _encode(self, values: Tensor) -> Tensor:

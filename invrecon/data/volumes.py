@@ -7,6 +7,8 @@ head. HDF5 carries no orientation and is taken as stored.
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -126,12 +128,35 @@ def check_pixels(volume: Volume, indices: Sequence[int], intensity: Intensity | 
         InputError: If a slice cannot be read, has NaN or Inf, or if all of them are constant.
     """
     intensity = intensity or Intensity()
-    varies = False
+    varies, low, high = False, math.inf, -math.inf
     for index in indices:
-        x = intensity.encode(volume.read(index))
+        values = volume.read(index)
+        low, high = min(low, float(values.amin())), max(high, float(values.amax()))
+        x = intensity.encode(values)
         varies = varies or bool(x.amax() > x.amin())
     if not varies:
         raise _constant_error(volume, indices)
+    if intensity.units == "HU":
+        check_hounsfield(volume.path, low, high)
+
+
+def check_hounsfield(path: Path, low: float, high: float) -> None:
+    """Looks whether values are Hounsfield units, by their range alone; warns where air is missing.
+
+    Raises:
+        InputError: They are fractions, or attenuation.
+    """
+    if max(abs(low), abs(high)) <= 5:
+        raise InputError(
+            f"The values of '{path}' lie between {low:.4g} and {high:.4g}, expected Hounsfield units, air at -1000 and "
+            "water at 0: convert them."
+        )
+    if low > -500:
+        warnings.warn(
+            f"'{path}' has no value below -500 HU, and so no air: if its values carry an offset, such as 1024, take it "
+            "off.",
+            stacklevel=3,
+        )
 
 
 def find_volumes(paths: str | Path | Sequence[str | Path]) -> list[Path]:

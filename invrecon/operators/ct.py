@@ -272,6 +272,8 @@ class LimitedAngleCT(ParallelBeamCT):
         detector_length: float = 80.0,
         angles: list[float] | None = None,
     ) -> None:
+        if angles is None and not arc < math.pi - 1e-6:  # as a configuration of `ParallelBeamCT` states it
+            raise InputError(f"LimitedAngleCT has an arc of {arc:.5g}, expected less than pi: state it, as 2.0944.")
         super().__init__(size, num_views, num_bins, arc, field_of_view, detector_length, angles)
 
 

@@ -20,6 +20,7 @@ from invrecon.priors.base import Prior
 from invrecon.priors.edm import EDMDenoiser
 from invrecon.priors.patch import PatchPrior, WholePrior
 from invrecon.priors.unet import UNet
+from invrecon.shared import find_shared
 
 FORMAT = 1
 SUFFIX = ".safetensors"
@@ -107,17 +108,17 @@ def read_card(path: str | Path) -> PriorCard:
     Raises:
         InputError: If the file is missing, is a pickle, is truncated, or is not a prior of ours.
     """
-    return _open(Path(path), weights=False)[0]
+    return _open(find_shared(path, "checkpoints", SUFFIX), weights=False)[0]
 
 
 def load_prior(path: str | Path) -> tuple[Prior, PriorCard]:
-    """Returns the prior of a file in evaluation mode, its weights frozen, and its card.
+    """Returns the prior of a file, or of that name among the shipped ones, in evaluation mode, frozen, and its card.
 
     Raises:
         InputError: If the file is missing, is a pickle, is truncated, is not a prior of ours, or its tensors do not
             fit the architecture that it states.
     """
-    path = Path(path)
+    path = find_shared(path, "checkpoints", SUFFIX)
     card, tensors = _open(path, weights=True)
     expected = _expected_shapes(path, card, len(tensors))
     found = {key: tuple(value.shape) for key, value in tensors.items()}

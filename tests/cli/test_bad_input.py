@@ -298,3 +298,21 @@ def test_no_traceback_in_a_shell(library: Path, tmp_path: Path) -> None:
     assert result.returncode == 1 and "Traceback" not in result.stderr
     (line,) = (line for line in result.stderr.splitlines() if line.startswith("invrecon: "))
     assert "prior.safetensors" in line and "truncated" in line
+
+
+@pytest.mark.parametrize("command", ["test", "predict"])
+def test_a_checkpoint_is_no_prior(command: str, library: Path, tmp_path: Path, invrecon: Callable[..., Any]) -> None:
+    args = reconstruct(command, "fbp_ct.yaml", library / "scans", tmp_path / "out", "--ckpt_path", "last.ckpt")
+    with pytest.raises(InputError, match=r"last\.ckpt' is for `invrecon fit` and `validate`.*--model\.prior"):
+        invrecon(args)
+
+
+def test_the_arc_of_a_full_scan_is_no_limited_angle(
+    library: Path, tmp_path: Path, invrecon: Callable[..., Any]
+) -> None:
+    """As a run's own configuration states it, which another operator is laid over."""
+    args = reconstruct("test", "fbp_ct.yaml", library / "scans" / "a.h5", tmp_path / "out", "--data.slices=0")
+    invrecon(args)
+    args[args.index("fbp_ct.yaml")] = str(tmp_path / "out" / "config.yaml")
+    with pytest.raises(InputError, match=r"arc of 3\.1416, expected less than pi"):
+        invrecon([*args, "--model.operator=LimitedAngleCT", "--output", str(tmp_path / "other")])

@@ -155,8 +155,9 @@ def forget(group, name):
         (attribute("/", "intensity_scale", 4000.0), "'intensity_scale' = 4000.0, expected 3000"),
         (forget("/", "intensity_offset"), "'intensity_offset' = None, expected -1000"),
         (put("noise_std", np.ones(2)), "expected one number, one per sinogram"),
-        (put("noise_std", np.float32(-1)), "expected a standard deviation >= 0"),
-        (put("noise_std", np.float32(np.nan)), "expected a standard deviation >= 0"),
+        (put("noise_std", np.float32(-1)), "expected a standard deviation > 0"),
+        (put("noise_std", np.float32(0)), "expected a standard deviation > 0"),
+        (put("noise_std", np.float32(np.nan)), "expected a standard deviation > 0"),
         (attribute("/", "voxel_mm", [1.0, 2.0]), "'voxel_mm'"),
     ],
 )

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from invrecon.data.intensity import Intensity
 from invrecon.data.volumes import (
     HDF5Volume,
     check_pixels,
@@ -123,7 +124,7 @@ def test_a_group_is_no_dataset(write_h5):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_nan_and_inf(write_h5, bad):
-    values = np.random.default_rng(0).normal(size=(3, 8, 8)).astype(np.float32)
+    values = np.random.default_rng(0).normal(size=(3, 8, 8)).astype(np.float32) * 1000
     values[2, 3, :4] = bad
     volume = open_volume(write_h5(values=values))
     with pytest.raises(InputError, match=r"Slice 2 of .* has 4 NaN or Inf voxels of 64"):
@@ -131,6 +132,16 @@ def test_nan_and_inf(write_h5, bad):
     with pytest.raises(InputError, match="Slice 2"):
         check_pixels(volume, [0, 1, 2])
     check_pixels(volume, [0, 1])
+
+
+def test_values_that_are_no_hounsfield_units(write_h5):
+    values = np.random.default_rng(0).uniform(-1000, 1500, (3, 8, 8)).astype(np.float32)
+    fractions = open_volume(write_h5("f.h5", values=(values + 1000) / 3000))
+    with pytest.raises(InputError, match=r"f\.h5' lie between .*expected Hounsfield units"):
+        check_pixels(fractions, [0, 1, 2])
+    with pytest.warns(UserWarning, match="no value below -500 HU"):
+        check_pixels(open_volume(write_h5("o.h5", values=values + 1024)), [0, 1, 2])
+    check_pixels(fractions, [0, 1, 2], Intensity(0.0, 1.0, "a.u."))
 
 
 def test_constant_images(write_h5):

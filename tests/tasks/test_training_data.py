@@ -11,7 +11,6 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from lightning.fabric.utilities import move_data_to_device
 
 from invrecon.data.augmentation import Augmentation
 from invrecon.data.couches import draw_couch
@@ -247,5 +246,5 @@ def test_images_that_would_fill_a_gpu_stay_in_the_memory_of_the_host(monkeypatch
     data.augmentation = Augmentation()
     data.setup()
     plan = next(iter(data.train_dataloader()))
-    moved = move_data_to_device(plan, torch.device("cpu"))  # what is cut there is what would be cut here
+    moved = plan.to(torch.device("cpu"))  # what is cut there is what would be cut here
     assert equal_batches(data._train.cut(moved), data._train.cut(plan)) and moved.changes.seed == plan.changes.seed
