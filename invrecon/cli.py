@@ -47,6 +47,7 @@ from invrecon.shared import find_shared, shared_folder
 from invrecon.tasks.checkpoint import AtomicCheckpointIO, ExportPrior
 from invrecon.tasks.previews import TrainingPreviews
 from invrecon.tasks.progress import RunProgress
+from invrecon.tasks.same_run import SameRun, began_from, what_decides
 
 # What a model and its data must have for a command.
 HOOKS = {
@@ -202,7 +203,7 @@ class InvreconCLI(LightningCLI):
         return [
             newest,
             TrainingPreviews(),
-            SameRun(what_decides(self.settings()), asked is None),
+            SameRun(what_decides(self.settings()), None if asked is None else str(asked)),
             ExportPrior(str(self.output), shlex.join(self.command)),
         ]
 
@@ -218,13 +219,15 @@ class InvreconCLI(LightningCLI):
     def before_fit(self) -> None:
         """Resumes from the run's newest checkpoint, so that the same command continues an interrupted run.
 
-        That is the last epoch's, or what was saved when SLURM took the job from its node (`hpc_ckpt_N.ckpt`).
+        That is the last epoch's, or what was saved when SLURM took the job from its node (`hpc_ckpt_N.ckpt`). Another
+        one that is asked for is where a run begins, and not where it goes on.
         """
-        config = self.config_init.fit
-        if config.get("ckpt_path") is None and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            found = [*self.output.glob("checkpoints/last.ckpt"), *self.output.glob("hpc_ckpt_*.ckpt")]
-            if found:
-                config.ckpt_path = str(max(found, key=lambda path: path.stat().st_mtime_ns))
+        config, asked = self.config_init.fit, self.config_init.fit.get("ckpt_path")
+        found = [*self.output.glob("checkpoints/last.ckpt"), *self.output.glob("hpc_ckpt_*.ckpt")]
+        if found and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            newest = max(found, key=lambda path: path.stat().st_mtime_ns)
+            if asked is None or began_from(newest) == str(asked):
+                config.ckpt_path = str(newest)
 
     def before_validate(self) -> None:
         """Validates the run's newest checkpoint unless another is given.
@@ -258,43 +261,6 @@ class InvreconCLI(LightningCLI):
             )
 
 
-class SameRun(lightning.Callback):
-    """Lets a run go on only with the model and the data that it began with: its prior's card speaks of them.
-
-    Args:
-        settings: Model and data, by dotted keys.
-        strict: Whether to refuse other settings; not where a checkpoint was asked for by name.
-    """
-
-    def __init__(self, settings: dict[str, Any], strict: bool) -> None:
-        self.settings, self.strict = settings, strict
-
-    def state_dict(self) -> dict[str, Any]:
-        """Keeps the settings in the checkpoint."""
-        return {"settings": self.settings}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Compares them.
-
-        Raises:
-            InputError: If any differs.
-        """
-        old = state_dict["settings"]
-        for key in sorted(old.keys() | self.settings.keys()):
-            if self.strict and old.get(key) != self.settings.get(key):
-                raise InputError(
-                    f"This run was begun with {key.replace('init_args.', '')} = {old.get(key)}, and now it is "
-                    f"{self.settings.get(key)}: give another --output, or, to go on from its weights with new "
-                    "settings, its checkpoint as --ckpt_path."
-                )
-
-
-def what_decides(settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns the settings that decide what is learned, by dotted keys: not how it is stored in the end."""
-    found = _flatten({key: settings[key] for key in ("model", "data")})
-    return {key: value for key, value in found.items() if not key.endswith(".half_weights")}
-
-
 def training_device(accelerator: Any) -> str:
     """Returns the kind of device that a Trainer's accelerator computes on."""
     name = str(accelerator)
@@ -303,13 +269,6 @@ def training_device(accelerator: Any) -> str:
     if name == "cpu" or (name == "auto" and not torch.backends.mps.is_available()):
         return "cpu"
     return "other"
-
-
-def _flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Returns a nested dictionary as one of dotted keys."""
-    if not isinstance(config, dict):
-        return {prefix[:-1]: config}
-    return {k: v for key, value in config.items() for k, v in _flatten(value, f"{prefix}{key}.").items()}
 
 
 def _config_name(config: Any) -> str:

@@ -129,6 +129,12 @@ class PriorTraining(lightning.LightningDataModule, ABC):
         assert self._train is not None
         return self._train.images.shape[1]
 
+    @property
+    def num_images(self) -> int:
+        """Images that are learned from."""
+        assert self._train is not None
+        return len(self._train.images)
+
     def validation_images(self) -> Tensor:
         """Returns the whole validation images as intensities, `(N, C, H, W)`."""
         assert self._validation is not None

@@ -20,7 +20,7 @@ from invrecon.metrics.summary import ADAPTATION_METRICS, METRICS, format_table
 from invrecon.report.adaptation import adaptation_figure, describe_trace, encode_trace, is_fit, step_images
 from invrecon.report.complex import as_magnitudes, case_intensity, is_complex, stored_maps, view, volume_rows
 from invrecon.report.provenance import file_identity, fingerprint, provenance
-from invrecon.report.store import Part, PredictionStore, remove_leftovers, write_metrics, write_traces
+from invrecon.report.store import ADAPTATION, Part, PredictionStore, remove_leftovers, write_metrics, write_traces
 
 # What changes no number of a result, and so must not keep a run from being continued.
 NEUTRAL = {
@@ -86,14 +86,20 @@ class ResultWriter(lightning.Callback):
         return settings
 
     def on_test_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Begins anew: what a test that was ended has left says nothing of this one."""
+        if trainer.is_global_zero:
+            self.store.clear()
+            for name in (ADAPTATION, "volumes.csv"):
+                (self.output / name).unlink(missing_ok=True)
+        self.on_predict_start(trainer, pl_module)
+
+    def on_predict_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Begins to write, now that everything has been checked."""
         if trainer.is_global_zero:
             remove_leftovers(self.output)
             with atomic_write(self.output / "config.yaml") as file:
                 file.write(self.config_text.encode())
         trainer.strategy.barrier("cleaned")
-
-    on_predict_start = on_test_start
 
     def on_test_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *unused: Any) -> None:
         """Keeps the metrics of a batch."""

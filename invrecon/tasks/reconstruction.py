@@ -6,6 +6,7 @@ import math
 import resource
 import sys
 import time
+import warnings
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -27,7 +28,7 @@ from invrecon.metrics.mri import relative_magnitudes
 from invrecon.operators.base import LinearOperator
 from invrecon.operators.ct import CT, ct_from_geometry
 from invrecon.operators.mri import MRI, CartesianMRI
-from invrecon.operators.noise import NoiseModel, NoNoise
+from invrecon.operators.noise import NoiseModel, NoNoise, TransmissionPoisson
 from invrecon.operators.sampling import achieved_acceleration
 from invrecon.precision import check_precision, resolve_precision
 from invrecon.priors.base import Prior
@@ -182,7 +183,15 @@ class Reconstruction(lightning.LightningModule):
 
     def _length_mm(self, batch: CaseBatch) -> Tensor | float:
         """Millimetres per unit of the operator's lengths: 1 unless the scan's field of view says otherwise."""
-        if not isinstance(self.operator, CT) or any(voxel is None for voxel in batch.voxel_mm):
+        if not isinstance(self.operator, CT):
+            return 1.0
+        if any(voxel is None for voxel in batch.voxel_mm):
+            if isinstance(self.noise, TransmissionPoisson):
+                warnings.warn(
+                    f"{batch.source[0]} states no voxel size, on which photon noise depends: the field of view, "
+                    f"{self.operator.field_of_view:g}, is taken as millimetres (model.operator.field_of_view).",
+                    stacklevel=2,
+                )
             return 1.0
         assert batch.reference is not None
         widths = [voxel[-1] * batch.reference.shape[-1] for voxel in batch.voxel_mm if voxel is not None]

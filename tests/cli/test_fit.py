@@ -114,3 +114,28 @@ def test_one_name_in_folders_of_patients(
     invrecon([*second, f"--model.initial={first}/prior.safetensors"])
     _, card = load_prior(tmp_path / "second" / "prior.safetensors")
     assert card.data == ["a/ct.h5", "c/ct.h5", "a.h5", "b.h5"] and card.licence == "CC0; CC BY 4.0"
+
+
+def test_a_run_goes_on_with_the_scans_that_it_began_with(
+    invrecon: Callable[..., Any], library: Path, tmp_path: Path
+) -> None:
+    """With another patient the split changes: who validated would be learned."""
+    shutil.copytree(library / "scans", tmp_path / "scans")
+    (tmp_path / "scans" / "b.h5").rename(tmp_path / "b.h5")
+    command = learn("patch_ct.yaml", tmp_path / "scans", tmp_path / "out")
+    invrecon(command)
+    (tmp_path / "b.h5").rename(tmp_path / "scans" / "b.h5")
+    with pytest.raises(InputError, match=r"begun with data: files to learn from = .*another --output"):
+        invrecon([*command, "--trainer.max_steps=6"])
+
+
+def test_a_run_that_began_with_a_checkpoint_goes_on_with_its_own(
+    invrecon: Callable[..., Any], command: list[str], tmp_path: Path
+) -> None:
+    invrecon(command)
+    start = tmp_path / "out" / "checkpoints" / "last.ckpt"
+    again = [str(tmp_path / "again") if arg == str(tmp_path / "out") else arg for arg in command]
+    again += ["--ckpt_path", str(start)]
+    assert invrecon([*again, "--trainer.max_steps=6"]).config_init.fit.ckpt_path == str(start)
+    own = tmp_path / "again" / "checkpoints" / "last.ckpt"
+    assert invrecon([*again, "--trainer.max_steps=8"]).config_init.fit.ckpt_path == str(own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import os
 from collections.abc import Callable
@@ -88,6 +89,21 @@ def test_an_interrupted_run_goes_on(
         assert (read(out / name) == read(undisturbed / name)).all()
     rows, expected = ((folder / "metrics.csv").read_text().splitlines() for folder in (out, undisturbed))
     assert [row.split(",")[:7] for row in rows] == [row.split(",")[:7] for row in expected]
+
+
+def test_a_test_is_of_the_slices_that_it_was_asked_for(
+    invrecon: Callable[..., Any], command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["test", *command[1:]]
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(RuntimeError, match="power"):
+            invrecon(command)
+    (tmp_path / "out" / "adaptation.json").write_text("{}")
+    invrecon([*command, "--data.slices", "2"])
+    with open(tmp_path / "out" / "metrics.csv") as file:
+        assert {row["slice"] for row in csv.DictReader(file)} == {"2"}
+    assert not (tmp_path / "out" / "adaptation.json").exists()
 
 
 def test_more_slices_are_added(invrecon: Callable[..., Any], command: list[str], log: Path, tmp_path: Path) -> None:
