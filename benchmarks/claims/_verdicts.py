@@ -80,7 +80,8 @@ def cell(entry: Entry | None, unit: str = "dB") -> str:
 
 def difference(a: Sequence[Row] | None, b: Sequence[Row] | None) -> dict[str, Any] | None:
     """Returns the paired difference in PSNR over the slices both have, or None if there are none."""
-    return contrast((1, a), (-1, b))
+    entry = contrast((1, a), (-1, b))
+    return entry and {**entry, "num_patients": len({row.get("patient") for row in a or ()})}
 
 
 def contrast(*terms: tuple[float, Sequence[Row] | None], metric: str = "psnr") -> dict[str, Any] | None:

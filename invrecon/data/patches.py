@@ -58,7 +58,10 @@ class PatchPlan(NamedTuple):
         """Returns the plan on another device."""
         changes = self.changes
         if changes is not None:
-            changes = Changes(*(item.to(device) if isinstance(item, Tensor) else item for item in changes))
+            moved: dict[str, Any] = {
+                name: x.to(device) for name, x in changes._asdict().items() if isinstance(x, Tensor)
+            }
+            changes = changes._replace(**moved)
         image, top, left = (item.to(device) for item in (self.image, self.top, self.left))
         return self._replace(image=image, top=top, left=left, changes=changes)
 
