@@ -122,7 +122,10 @@ class ChoicesTable(Comparison):
                 f"above {100 * STALL:.0f} %"
             )
             yield Claim(text, residual(key), floor, STALL, "%")
-        text = f"In units of the operator's norm it is below {100 * STALL:.0f} % after as many"
+        text = (
+            f"The data step in units of the operator's norm has not stalled after {LEVELS} evaluations: relative "
+            f"residual below {100 * STALL:.0f} %"
+        )
         yield Claim(text, residual("normalised"), "0.13 % (an independent reproduction)", STALL, "%", at_least=False)
         text = "Filtered back-projection is a better pseudo-inverse than CG (as VE-DDNM has it)"
         yield Claim(text, minus("fbp", "pinv"))

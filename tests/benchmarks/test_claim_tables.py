@@ -132,7 +132,8 @@ def test_claims_of_choices() -> None:
     stalls = "The data step by the gradient of the norm (PaDIS's code) has stalled after 32 evaluations: "
     stalls += "relative residual above 1 %"
     assert verdicts[stalls] == "reproduced"
-    assert verdicts["In units of the operator's norm it is below 1 % after as many"] == "reproduced"
+    goes_on = "The data step in units of the operator's norm has not stalled after 32 evaluations: "
+    assert verdicts[goes_on + "relative residual below 1 %"] == "reproduced"
     assert verdicts["2 shifts an evaluation are better than one"] == "not measured"
 
 

@@ -72,8 +72,7 @@ class ASeqDIP(NetworkFit):
     inverse for the image's unit and the start, and images of two dimensions; of the prior nothing.
 
     Source: Alkhouri, Liang, Bell, Qu, Wang & Ravishankar, "Image reconstruction via autoencoding sequential deep image
-    prior", NeurIPS 2024, Alg. 1. Published with `lambda = 1`, 2000 rounds of 2 steps and a learning rate of 1e-4, with
-    which the networks of this package have hardly begun after as many.
+    prior", NeurIPS 2024, Alg. 1. Published with `lambda = 1`, 2000 rounds of 2 steps and a learning rate of 1e-4.
 
     Args:
         weight: `lambda`, in units of the data term.

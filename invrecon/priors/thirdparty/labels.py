@@ -27,7 +27,7 @@ def fold_labels(tensors: dict[str, Tensor], label: int | None, notes: list[str])
         if label is not None:
             raise InputError(f"--label is {label}, but the network has no classes: leave it out.")
         return tensors
-    if tensors[key].ndim != 2 or 0 in tensors[key].shape:
+    if tensors[key].ndim != 2:
         raise InputError(f"The tensor '{key}' is {tuple(tensors[key].shape)}, expected a matrix of classes.")
     weight = tensors[key].double()
     num = weight.shape[0] if key == "label_emb.weight" else weight.shape[-1]
