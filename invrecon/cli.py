@@ -245,19 +245,29 @@ class InvreconCLI(LightningCLI):
             config.ckpt_path = str(last)
 
     def before_test(self) -> None:
-        """Refuses a checkpoint of a training."""
+        """Refuses a checkpoint of a training, and a seed that decides nothing."""
         self._refuse_checkpoint()
+        self._refuse_seed()
 
     def before_predict(self) -> None:
-        """Keeps no predictions in memory: the writer has them. Refuses a checkpoint of a training."""
+        """Keeps no predictions in memory: the writer has them. Refuses as `test` does."""
         self.config_init.predict.return_predictions = False
         self._refuse_checkpoint()
+        self._refuse_seed()
 
     def _refuse_checkpoint(self) -> None:
         if (path := self.config[self.subcommand].get("ckpt_path")) is not None:
             raise InputError(
                 f"--ckpt_path '{path}' is for `invrecon fit` and `validate`: give the prior that the training exported "
                 "as --model.prior FOLDER/prior.safetensors."
+            )
+
+    def _refuse_seed(self) -> None:
+        given, own = self.config[self.subcommand].get("seed_everything"), getattr(self.model, "seed", 0)
+        if not isinstance(given, bool) and given not in (None, 0, own):
+            raise InputError(
+                f"seed_everything is {given}, but noise and samples are drawn by model.seed, which is {own}: give "
+                f"--model.seed {given} instead."
             )
 
 
@@ -299,8 +309,8 @@ def resolve_configs(args: list[str]) -> list[str]:
 
 
 def spell_slices(args: list[str]) -> list[str]:
-    """Writes `--data.slices 5:` as `5::`, because the parser takes `5:` for a YAML mapping."""
-    text = "\0".join(args)
+    """Writes `--data.slices 5:` as `5::`, which the parser would take for a mapping; joins `-1:` to its argument."""
+    text = re.sub(r"--data\.slices\0(?=-\d)", "--data.slices=", "\0".join(args))
     return re.sub(r"(--data\.slices[\0=]-?\d+:)(?=\0|$)", r"\1:", text).split("\0") if args else []
 
 

@@ -10,6 +10,7 @@ pseudonymise before you share).
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,7 +22,7 @@ from torch.nn.functional import interpolate, pad
 
 from invrecon.data.hdf5 import HDF5_SUFFIXES
 from invrecon.data.volume import Volume, suffix_of
-from invrecon.data.volumes import find_volumes, open_volume
+from invrecon.data.volumes import check_hounsfield, find_volumes, open_volume
 from invrecon.errors import InputError
 
 LOW, HIGH = -1024.0, 3071.0  # what 12 bits hold [HU]
@@ -100,9 +101,13 @@ def _write(volume: Volume, target: Path, size: int) -> None:
         data = file.create_dataset(
             "data", (num, size, size), np.int16, chunks=(1, size, size), compression="gzip", shuffle=True
         )
+        low, high = math.inf, -math.inf
         for index in range(num):
-            hu = resample_slice(volume.read(index).clamp(LOW, HIGH), size)
+            values = volume.read(index)
+            low, high = min(low, float(values.amin())), max(high, float(values.amax()))
+            hu = resample_slice(values.clamp(LOW, HIGH), size)
             data[index] = hu.round().numpy().astype(np.int16)
+        check_hounsfield(volume.path, low, high)  # fractions would be rounded away
         file.attrs["source"] = volume.source or volume.path.name
         file.attrs["units"] = volume.units
         file.attrs["patient"] = volume.patient

@@ -28,7 +28,7 @@ from invrecon.report.volume import (
     VOLUME_DATASETS,
     has_mean,
     open_volume,
-    read_attribute,
+    read_attributes,
     squeeze_channel,
     voxel_of,
     write_volume,
@@ -101,27 +101,33 @@ class PredictionStore:
         self.parts_dir = self.output_dir / ".parts"
         self.units = units
         self.provenance = dict(provenance or {})
+        self.inputs: dict[str, str] = {}
 
-    def completed(self, fingerprint: str) -> set[str]:
+    def completed(self, fingerprint: str, inputs: Mapping[str, str] | None = None) -> set[str]:
         """Returns the ids of slices that need not be reconstructed again, from parts and volumes.
 
         Args:
-            fingerprint: Identity of this run's settings: see `provenance.fingerprint`.
+            fingerprint: Identity of this run's settings and weights: see `provenance.fingerprint`.
+            inputs: Case -> identity of its input file (`provenance.file_identity`), kept with what is saved from now
+                on. Results of other cases are let be, so that files can be added.
 
         Raises:
-            InputError: The folder holds results of another run, or a volume that cannot be read.
+            InputError: The folder holds results of another run or of a file that has changed since, or a volume that
+                cannot be read.
         """
+        self.inputs = dict(inputs or {})
         ids = set()
         for path in self._part_paths():
             try:
-                found = read_attribute(path, "fingerprint")
+                found = read_attributes(path, "fingerprint", "input")
             except (OSError, KeyError):  # a damaged part is simply computed again
                 continue
-            self._check(path, found, fingerprint)
+            self._check(path, path.parent.name, found, fingerprint)
             ids.add(_id_of(path))
         for path in self._volume_paths():
             with open_volume(path) as file:
-                self._check(path, str(file.attrs["fingerprint"]), fingerprint)
+                found = [str(file.attrs.get(name, "")) for name in ("fingerprint", "input")]
+                self._check(path, path.stem, found, fingerprint)
                 ids.update(f"{path.stem}/{index:04d}" for index in file["slices"][:].tolist())
         return ids
 
@@ -160,6 +166,7 @@ class PredictionStore:
                 if value is not None:
                     file.create_dataset(name, data=squeeze_channel(value, keep_first=name in STACKS))
             file.attrs["fingerprint"] = fingerprint
+            file.attrs["input"] = self.inputs.get(path.parent.name, "")
             file.attrs["row"] = to_json(row or {})
             file.attrs["source"] = str(source)
             if trace is not None:
@@ -194,13 +201,23 @@ class PredictionStore:
                     return Part(case_id, arrays, row, voxel_of(file), str(file.attrs["source"]))
         raise InputError(f"{self.output_dir} holds no result for '{case_id}': run predict first.")
 
-    def ids(self) -> list[str]:
-        """Ids of all stored slices, sorted."""
-        found = {_id_of(path) for path in self._part_paths()}
+    def volume_ids(self) -> set[str]:
+        """Ids of the slices that are in volumes, of which no more than that is kept."""
+        found = set[str]()
         for path in self._volume_paths():
             with open_volume(path) as file:
                 found.update(f"{path.stem}/{index:04d}" for index in file["slices"][:].tolist())
-        return sorted(found, key=_order)
+        return found
+
+    def is_older_than(self, page: Path) -> bool:
+        """Whether all that is stored was there when `page` was written."""
+        if not page.exists() or next(self._part_paths(), None) is not None:
+            return False
+        return all(path.stat().st_mtime_ns <= page.stat().st_mtime_ns for path in self._volume_paths())
+
+    def ids(self) -> list[str]:
+        """Ids of all stored slices, sorted."""
+        return sorted(self.volume_ids() | {_id_of(path) for path in self._part_paths()}, key=_order)
 
     def rows(self) -> list[dict[str, Any]]:
         """The lines of `metrics.csv`, sorted by case and slice, whatever rank or run wrote them."""
@@ -264,12 +281,18 @@ class PredictionStore:
         """Removes all parts; volumes, tables and figures stay."""
         shutil.rmtree(self.parts_dir, ignore_errors=True)
 
-    def _check(self, path: Path, found: str, expected: str) -> None:
-        if found != expected:
+    def _check(self, path: Path, case: str, found: Sequence[str], expected: str) -> None:
+        run, identity = found
+        if run != expected:
             raise InputError(
-                f"{self.output_dir} holds results of another run: {path.name} was made with other settings, "
-                f"weights or inputs (fingerprint {found[:12]}, expected {expected[:12]}). Choose another "
-                "--output, or remove that folder."
+                f"{self.output_dir} holds results of another run: {path.name} was made with other settings or "
+                f"weights (fingerprint {run[:12]}, expected {expected[:12]}). Choose another --output, or remove that "
+                "folder."
+            )
+        if identity != self.inputs.get(case, identity):
+            raise InputError(
+                f"{path} was made from another version of its input file, which was of another size or is newer now: "
+                "choose another --output, or remove that result."
             )
 
     def _part_path(self, case_id: str) -> Path:

@@ -3,7 +3,8 @@
 Volume: `mean` `(N, H, W)`, in colour `(N, 3, H, W)`, if there are any `std` like it and `samples` `(N, S, ...)`,
 float32, gzip, a chunk a slice; of complex images these are magnitudes, with `phase` and `samples_phase` like them
 [rad], and coil `maps` `(N, coils, H, W)`, complex64; `slices` `(N,)` their indices in the input, `rows` `(N,)` their
-metrics as JSON; attributes `units`, `voxel_mm` (z, y, x) in [mm], `source`, `fingerprint`, `provenance` (JSON).
+metrics as JSON; attributes `units`, `voxel_mm` (z, y, x) in [mm], `source`, `input`, `fingerprint`,
+`provenance` (JSON).
 """
 
 from __future__ import annotations
@@ -47,11 +48,8 @@ def write_volume(path: Path, parts: Mapping[int, Path], units: str, provenance: 
         with h5py.File(next(iter(parts.values())), "r") as first:
             layout = {name: first[name].shape for name in VOLUME_DATASETS if name in first}
             dtypes = {name: np.complex64 if first[name].dtype.kind == "c" else np.float32 for name in layout}
-            voxel_mm, source, run = (
-                voxel_of(first),
-                str(first.attrs["source"]),
-                str(first.attrs["fingerprint"]),
-            )
+            voxel_mm, source = voxel_of(first), str(first.attrs["source"])
+            run, identity = (str(first.attrs[name]) for name in ("fingerprint", "input"))
         with atomic_h5(path) as file:
             for name, shape in layout.items():
                 file.create_dataset(
@@ -82,6 +80,7 @@ def write_volume(path: Path, parts: Mapping[int, Path], units: str, provenance: 
             file.attrs["axes"] = "slice, row, column" if len(layout["mean"]) == 2 else "slice, channel, row, column"
             file.attrs["source"] = source
             file.attrs["fingerprint"] = run
+            file.attrs["input"] = identity
             file.attrs["provenance"] = to_json(provenance)
             if voxel_mm is not None:
                 file.attrs["voxel_mm"] = np.asarray(voxel_mm)
@@ -114,12 +113,12 @@ def voxel_of(file: h5py.File) -> tuple[float, float, float] | None:
     return None if voxel is None else tuple(float(v) for v in voxel)  # type: ignore[return-value]
 
 
-def read_attribute(path: Path, name: str) -> str:
-    """One attribute of a file, as text."""
+def read_attributes(path: Path, *names: str) -> list[str]:
+    """Attributes of a file, as text."""
     import h5py
 
     with h5py.File(path, "r") as file:
-        return str(file.attrs[name])
+        return [str(file.attrs[name]) for name in names]
 
 
 def has_mean(path: Path) -> bool:

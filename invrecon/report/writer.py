@@ -15,6 +15,8 @@ from torch import Tensor
 
 from invrecon.data.intensity import Intensity
 from invrecon.data.kspace import MAGNITUDE
+from invrecon.data.reconstruction import case_id
+from invrecon.data.volume import file_stem
 from invrecon.files import atomic_write, write_csv, write_json
 from invrecon.metrics.summary import ADAPTATION_METRICS, METRICS, format_table
 from invrecon.report.adaptation import adaptation_figure, describe_trace, encode_trace, is_fit, step_images
@@ -61,20 +63,24 @@ class ResultWriter(lightning.Callback):
         )
         self.store = PredictionStore(self.output, data.intensity.units, origin)
         index = data.case_index()
-        inputs = [file_identity(path) for path, _ in index if Path(path).exists()]
-        self.fingerprint = fingerprint(self._settings(stage, pl_module.pool), pl_module.weights_sha256, inputs)
+        inputs = {file_stem(path): file_identity(path) for path, _ in index if Path(path).exists()}
+        self.fingerprint = fingerprint(self._settings(stage, pl_module.pool), pl_module.weights_sha256)
         self.ranks = patient_group()
-        done = self.store.completed(self.fingerprint)
+        done = self.store.completed(self.fingerprint, inputs)
+        kept = self.store.volume_ids() if stage == "predict" else set()
         trainer.strategy.barrier("completed")  # nobody writes before everybody has looked
         if stage == "predict":
             data.skip_ids, data.whole_batches = done, pl_module.pool
-            if done and trainer.is_global_zero:
-                num = len(data.case_ids())
-                print(f"{len(done)} of {num} slices are complete in {self.output}; going on with the rest.")
+            ids = data.case_ids()
+            if (num := len(done.intersection(ids))) and trainer.is_global_zero:
+                rest = "going on with the rest" if num < len(ids) else "nothing is left to do"
+                print(f"{num} of {len(ids)} slices are complete in {self.output}; {rest}.")
         for path, indices in index:
-            num = min(pl_module.num_figures, len(indices))
-            chosen = {indices[(2 * k + 1) * len(indices) // (2 * num)] for k in range(num)}
-            self.drawn |= {name for name in data.case_ids() if _splits(name, Path(path).resolve().name, chosen)}
+            names = [case_id(path, index) for index in indices]
+            # of a slice that is in a volume, reference and direct inverse are gone: its figure is there, or never
+            names = [name for name in names if name not in kept or self._figure(name).exists()]
+            num = min(pl_module.num_figures, len(names))
+            self.drawn |= {names[(2 * k + 1) * len(names) // (2 * num)] for k in range(num)}
 
     def _settings(self, stage: str, pool: bool) -> dict[str, Any]:
         settings: dict[str, Any] = {"command": stage}
@@ -172,9 +178,15 @@ class ResultWriter(lightning.Callback):
             return
         rows = self.store.rows()
         summary = write_metrics(self.output, rows)
+        if self.store.is_older_than(self.output / "report.html"):
+            if any("psnr" in row for row in rows):
+                print(_table(pl_module.label, summary))
+            print(f"Nothing is new in {self.output}: report.html and figures are as they were.")
+            return
         parts = [self.store.read(name) for name in self.store.ids() if name in self.drawn]
-        drawn = [part for part in parts if not self._figure(part).exists()]
-        for part in drawn:
+        for part in parts:
+            if self._figure(part.id).exists():
+                continue
             self._draw(part, pl_module, trainer.datamodule.intensity)  # type: ignore[attr-defined]
         traces = self.store.traces()
         write_traces(self.output, traces)
@@ -204,8 +216,9 @@ class ResultWriter(lightning.Callback):
         what = f"{len(rows)} volume{'s' * (len(rows) != 1)} of {num} slice{'s' * (num != 1)}, by fastMRI's formulas"
         return f"{what}: NMSE {means['nmse']:.4f}, PSNR {means['psnr']:.2f} dB, SSIM {means['ssim']:.4f}\n"
 
-    def _figure(self, part: Part, what: str = "") -> Path:
-        return self.output / "figures" / f"{part.case}_{part.index:04d}{what}.png"
+    def _figure(self, name: str, what: str = "") -> Path:
+        case, index = name.rsplit("/", 1)
+        return self.output / "figures" / f"{case}_{index}{what}.png"
 
     def _draw(self, part: Part, pl_module: Any, intensity: Intensity) -> None:
         from invrecon.report.figures import case_figure
@@ -213,7 +226,7 @@ class ResultWriter(lightning.Callback):
         images = {"Direct inverse": part.arrays["baseline"]} if "baseline" in part.arrays else {}
         windows, scale = view(part, intensity)
         case_figure(
-            self._figure(part),
+            self._figure(part.id),
             {**images, pl_module.label.rsplit(" + ", 1)[-1]: part.arrays["mean"]},  # the whole would not fit
             reference=part.arrays.get("reference"),
             std=part.arrays.get("std"),
@@ -233,7 +246,7 @@ class ResultWriter(lightning.Callback):
         for part in parts:
             if part.id not in traces:
                 continue
-            trace, path = part.trace or traces[part.id], self._figure(part, "_adaptation")
+            trace, path = part.trace or traces[part.id], self._figure(part.id, "_adaptation")
             title = f"{part.case}, slice {part.index}"
             if not path.exists():
                 images = part.arrays.get("steps")
@@ -258,15 +271,14 @@ class ResultWriter(lightning.Callback):
         from invrecon.report.html import Comparison, Figure, write_report
 
         comparisons, intensity = [], trainer.datamodule.intensity
-        for part in parts[:2]:
-            if "reference" in part.arrays:
-                windows, scale = view(part, intensity)
-                window = (windows or choose_windows(part.arrays["reference"], scale))[-1]
-                images = {
-                    "Reference": image_png(part.arrays["reference"], window),
-                    "Reconstruction": image_png(part.arrays["mean"], window),
-                }
-                comparisons.append(Comparison(images, f"{part.case}, slice {part.index}, {window.name} window"))
+        for part in [part for part in parts if "reference" in part.arrays][:2]:
+            windows, scale = view(part, intensity)
+            window = (windows or choose_windows(part.arrays["reference"], scale))[-1]
+            images = {
+                "Reference": image_png(part.arrays["reference"], window),
+                "Reconstruction": image_png(part.arrays["mean"], window),
+            }
+            comparisons.append(Comparison(images, f"{part.case}, slice {part.index}, {window.name} window"))
         facts = {
             "made": time.strftime("%Y-%m-%d %H:%M"),
             "data": sorted({str(row["case"]) for row in rows}),
@@ -278,9 +290,9 @@ class ResultWriter(lightning.Callback):
             "versions": self.store.provenance["versions"],
         }
         figures = [
-            Figure(self._figure(part), f"{part.case}, slice {part.index}")
+            Figure(self._figure(part.id), f"{part.case}, slice {part.index}")
             for part in parts
-            if self._figure(part).exists()
+            if self._figure(part.id).exists()
         ]
         write_report(
             self.output / "report.html",
@@ -324,8 +336,3 @@ def _table(label: str, summary: Mapping[str, Any]) -> str:
     """The table for the terminal, which is too narrow for what the page says of adaptations."""
     shown = [name for name in METRICS if name in summary and name not in ADAPTATION_METRICS]
     return format_table({label: summary}, shown)
-
-
-def _splits(case_id: str, file_name: str, indices: set[int]) -> bool:
-    stem, index = case_id.rsplit("/", 1)
-    return int(index) in indices and (file_name == stem or file_name.startswith(f"{stem}."))

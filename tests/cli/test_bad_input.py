@@ -307,6 +307,14 @@ def test_a_checkpoint_is_no_prior(command: str, library: Path, tmp_path: Path, i
         invrecon(args)
 
 
+@pytest.mark.parametrize("command", ["test", "predict"])
+def test_a_seed_that_decides_nothing(command: str, library: Path, tmp_path: Path, invrecon: Callable[..., Any]) -> None:
+    args = reconstruct(command, "fbp_ct.yaml", library / "scans" / "a.h5", tmp_path / "out", "--seed_everything=3")
+    with pytest.raises(InputError, match=r"seed_everything is 3.*model\.seed, which is 0: give --model\.seed 3"):
+        invrecon(args)
+    invrecon([*args, "--model.seed=3", "--data.slices=0"])
+
+
 def test_the_arc_of_a_full_scan_is_no_limited_angle(
     library: Path, tmp_path: Path, invrecon: Callable[..., Any]
 ) -> None:

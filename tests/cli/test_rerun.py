@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from invrecon import cli
 from invrecon.errors import InputError
 from tests.cli.tiny import Witness, files_in, read, reconstruct, witness
 
@@ -57,10 +58,11 @@ def test_nothing_is_computed_twice(
     capsys.readouterr()
     invrecon(command)
     assert len(seen(log)) == 7
-    assert "7 of 7 slices are complete" in capsys.readouterr().out
+    assert "7 of 7 slices are complete" in (out := capsys.readouterr().out) and "Nothing is new" in out
+    assert "psnr" in out.lower()  # its table is printed all the same
     after = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in files_in(tmp_path / "out")}
     assert before.keys() == after.keys()
-    assert all(before[name] == after[name] for name in ("a.h5", "b.h5", "figures/a_0002.png"))
+    assert all(before[name] == after[name] for name in ("a.h5", "b.h5", "figures/a_0002.png", "report.html"))
     assert (read(tmp_path / "out" / "a.h5") == first).all()
 
 
@@ -91,6 +93,27 @@ def test_an_interrupted_run_goes_on(
     assert [row.split(",")[:7] for row in rows] == [row.split(",")[:7] for row in expected]
 
 
+@pytest.mark.parametrize(
+    "args, sentence",
+    [
+        (["predict", "--config", "x"], "with the folder that it began as --output"),
+        (["predict", "--output=here"], "run the same command again to continue"),
+        (["test", "--output", "here"], "`test` begins anew"),
+    ],
+)
+def test_ctrl_c_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], args: list[str], sentence: str
+) -> None:
+    def strike() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "main", strike)
+    monkeypatch.setattr("sys.argv", ["invrecon", *args])
+    with pytest.raises(SystemExit) as end:
+        cli.main_entry()
+    assert end.value.code == 130 and sentence in capsys.readouterr().err
+
+
 def test_a_test_is_of_the_slices_that_it_was_asked_for(
     invrecon: Callable[..., Any], command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +134,41 @@ def test_more_slices_are_added(invrecon: Callable[..., Any], command: list[str],
     invrecon([*command, "--data.slices", "0:3"])
     assert len(seen(log)) == 6  # slices 0, 1 and 2 of two files, each once
     assert read(tmp_path / "out" / "a.h5", "slices").tolist() == [0, 1, 2]
+
+
+def test_figures_of_added_slices_have_their_reference(
+    invrecon: Callable[..., Any], command: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    invrecon([*command, "--data.slices", "0,1", "--model.num_figures=1"])
+    assert files_in(out / "figures") == {"a_0001.png", "b_0001.png"}
+    invrecon([*command, "--data.slices", "0:3", "--model.num_figures=2"])
+    # slice 0 is complete and was not drawn, so that nothing is left to draw it from
+    assert files_in(out / "figures") == {f"{name}_000{n}.png" for name in "ab" for n in (1, 2)}
+    page = (out / "report.html").read_text()
+    assert "a, slice 2, " in page and page.count('data-label="Reference"') == 2
+
+
+def test_files_are_added(
+    invrecon: Callable[..., Any], command: list[str], library: Path, log: Path, tmp_path: Path
+) -> None:
+    one = [arg.replace(f",{library}/scans/b.h5", "") for arg in command]
+    invrecon([*one, "--data.slices=0"])
+    invrecon([*command, "--data.slices=0"])
+    assert len(seen(log)) == 2  # each once
+    assert {row["case"] for row in csv.DictReader((tmp_path / "out" / "metrics.csv").open())} == {"a", "b"}
+
+
+def test_a_file_that_has_changed_is_noticed(
+    invrecon: Callable[..., Any], command: list[str], library: Path, tmp_path: Path
+) -> None:
+    scan = tmp_path / "a.h5"
+    scan.write_bytes((library / "scans" / "a.h5").read_bytes())
+    one = [str(scan) if arg.startswith("[") else arg for arg in command]
+    invrecon([*one, "--data.slices=0"])
+    os.utime(scan, (1, 1))
+    with pytest.raises(InputError, match=r"a\.h5 was made from another version of its input file"):
+        invrecon([*one, "--data.slices=0"])
 
 
 @pytest.mark.parametrize(

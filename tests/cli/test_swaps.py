@@ -108,7 +108,13 @@ def test_noise(run: Callable[..., Any], tmp_path: Path) -> None:
         run("--model.noise=RelativeGaussianNoise", "--model.noise.level", level, config="fbp_ct.yaml")
         psnr.append(json.loads((tmp_path / "out" / "summary.json").read_text())["psnr"]["mean"])
     assert psnr[0] > psnr[1] + 0.3
-    assert type(run("--model.noise=TransmissionPoisson").model.noise).__name__ == "TransmissionPoisson"
+
+
+def test_photon_noise_depends_on_a_voxel_size(run: Callable[..., Any], library: Path) -> None:
+    poisson = "--model.noise=TransmissionPoisson"
+    assert type(run(poisson).model.noise).__name__ == "TransmissionPoisson"
+    with pytest.warns(UserWarning, match=r"ten\.h5 states no voxel size, on which photon noise depends"):
+        run(poisson, "--data.slices=0", config="fbp_ct.yaml", data=library / "ten.h5")
 
 
 @pytest.mark.parametrize(
@@ -146,6 +152,12 @@ def test_slices(
     run(*options, config="fbp_ct.yaml", data=library / "ten.h5")
     with open(tmp_path / "out" / "metrics.csv") as file:
         assert [int(row["slice"]) for row in csv.DictReader(file)] == expected
+
+
+@pytest.mark.parametrize("options", [("--data.slices=-2:",), ("--data.slices", "-2:")])
+def test_slices_do_not_count_from_the_end(run: Callable[..., Any], library: Path, options: tuple[str, ...]) -> None:
+    with pytest.raises(InputError, match=r"ask for slice -2, but .*ten\.h5 has only 0 to 9"):
+        run(*options, config="fbp_ct.yaml", data=library / "ten.h5")
 
 
 def test_a_shipped_file_is_found_by_its_name(run: Callable[..., Any], here: Path) -> None:

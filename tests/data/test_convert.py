@@ -96,6 +96,13 @@ def test_a_failure_leaves_no_file(write_h5, tmp_path):
     assert list((tmp_path / "to").iterdir()) == []
 
 
+def test_fractions_are_not_rounded_away(write_h5, tmp_path):
+    values = np.linspace(0, 1, 128, dtype=np.float32).reshape(2, 8, 8)
+    with pytest.raises(InputError, match=r"between 0 and 1, expected Hounsfield units"):
+        convert(write_h5(values=values), tmp_path / "to" / "out.h5", size=8)
+    assert list((tmp_path / "to").iterdir()) == []
+
+
 def test_many_inputs_need_a_folder(write_h5, tmp_path):
     paths = [write_h5("a.h5"), write_h5("b.h5")]
     with pytest.raises(InputError, match="name a folder"):
