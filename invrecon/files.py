@@ -152,6 +152,14 @@ def to_json(content: Any, indent: int | None = None) -> str:
     return json.dumps(_plain(content), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
+def read_csv(path: str | os.PathLike[str]) -> list[dict[str, str]]:
+    """Returns what `write_csv` wrote, without the values that are absent; nothing where there is no such file."""
+    if not Path(path).exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
 def write_csv(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]], fields: Sequence[str] = ()) -> None:
     """Writes one line a row under a header; absent values stay empty.
 

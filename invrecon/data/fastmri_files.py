@@ -5,10 +5,12 @@ Source: Zbontar et al., fastMRI, arXiv 1811.08839, Sec. 4.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from invrecon.data.hdf5 import VoxelSize, brief, open_hdf5, text_of
@@ -116,6 +118,25 @@ def check_matrix(path: Path, encoded: tuple[int, ...], shape: tuple[int, ...]) -
             f"The header of {path} says that k-space has {encoded[0]} x {encoded[1]} samples, but it has "
             f"{shape[0]} x {shape[1]}: the header belongs to other data, or the data were cropped; correct either."
         )
+
+
+def read_target(path: Path, indices: Sequence[int]) -> Tensor | None:
+    """Returns the reconstruction that a file of fastMRI states, `(N, H, W)`: what fastMRI's tables judge against.
+
+    It is the root sum of squares of the coils' images, of one coil `reconstruction_esc`.
+
+    Args:
+        path: The file, or another, of which None is returned.
+        indices: Slices.
+    """
+    try:
+        with open_hdf5(path) as file:
+            stored = file.get("reconstruction_rss", file.get("reconstruction_esc"))
+            if stored is None or getattr(stored, "ndim", 0) != 3 or stored.dtype.kind != "f":
+                return None
+            return torch.from_numpy(np.stack([stored[index] for index in indices]))
+    except (InputError, OSError, ValueError):  # no such file any more, fewer slices: there is nothing to judge against
+        return None
 
 
 def write_fastmri(

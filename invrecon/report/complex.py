@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from invrecon.data.fastmri_files import read_target
 from invrecon.data.intensity import Intensity
 from invrecon.data.kspace import MAGNITUDE, crop
 from invrecon.metrics.mri import magnitude, phase, volume_metrics
@@ -64,26 +66,38 @@ def view(part: Part, intensity: Intensity) -> tuple[tuple[Window, ...] | None, I
     return (Window("magnitude", 0.0, scale, units=intensity.units),), case_intensity(intensity, peak or scale)
 
 
-def volume_rows(store: PredictionStore) -> list[dict[str, Any]]:
+def volume_rows(store: PredictionStore, earlier: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Returns fastMRI's metrics of each case, over the slices that were reconstructed, if all have a reference.
 
     Their data range is the largest value of these references; or what a file of fastMRI says of the reference of all of
-    its slices (`max`), which is a root sum of squares where ours is the combination of coils by their maps.
+    its slices (`max`), which is a root sum of squares where ours is the combination of coils by their maps. Where the
+    file holds that root sum of squares, `nmse_stored`, `psnr_stored` and `ssim_stored` judge against it, as fastMRI's
+    tables do.
+
+    Args:
+        store: Of the run.
+        earlier: Case -> its row when volumes were last made: of slices in a volume there is no reference any more.
     """
     cases: dict[str, list[str]] = {}
     for name in store.ids():
         cases.setdefault(name.rsplit("/", 1)[0], []).append(name)
     rows = []
     for case, names in cases.items():
-        pairs: list[tuple[Tensor, Tensor]] = []
-        maximum = None
+        images, indices = [], []
         for name in names:
-            part = store.read(name)
-            arrays, maximum = part.arrays, part.row.get("max")
-            if "reference" in arrays:
-                pairs.append((torch.from_numpy(arrays["reference"]), torch.from_numpy(arrays["mean"])))
-        if len(pairs) == len(names):
-            target, estimate = (torch.stack(images) for images in zip(*pairs, strict=True))
-            metrics = volume_metrics(target, estimate, maximum)
-            rows.append({"case": case, "num_slices": len(names), "max": maximum or float(target.max()), **metrics})
+            part = store.read(name)  # with maps and samples: one at a time
+            if "reference" in part.arrays:
+                images.append([torch.from_numpy(part.arrays[key]) for key in ("reference", "mean")])
+                indices.append(part.index)
+        if len(images) == len(names):
+            target, estimate = (torch.stack(column) for column in zip(*images, strict=True))
+            maximum = part.row.get("max")
+            row = {"case": case, "num_slices": len(names), "max": maximum or float(target.max())}
+            row |= volume_metrics(target, estimate, maximum)
+            stored = read_target(Path(part.source), indices)
+            if stored is not None and stored.shape == estimate.shape and stored.any():
+                row |= {f"{name}_stored": v for name, v in volume_metrics(stored, estimate, maximum).items()}
+            rows.append(row)
+        elif int(earlier.get(case, {}).get("num_slices", 0)) == len(names):
+            rows.append(dict(earlier[case]))
     return rows

@@ -34,7 +34,9 @@ COMPLEX = (
     "PSNR and SSIM are those of magnitudes, slice by slice, with the largest value of the slice's reference as their "
     "data range, to which the reconstruction is clipped; SSIM has a uniform window of 7 x 7 pixels. The reference of "
     "measured k-space is the combination of coils, by maps of the calibration region, of all that was measured. "
-    "volumes.csv has NMSE, PSNR and SSIM of volumes (the slices reconstructed), as fastMRI has them: they are higher."
+    "volumes.csv has NMSE, PSNR and SSIM of volumes (the slices reconstructed), as fastMRI has them: they are higher. "
+    "Those that end in _stored are against the root sum of squares of the coils that the file holds, as in fastMRI's "
+    "tables: the noise of all coils is in it."
 )
 RESIDUAL = "The relative residual is ‖A x - y‖ / ‖y‖. With noise, a value far below the noise level is overfitting."
 NOTES_WITHOUT_REFERENCE = (

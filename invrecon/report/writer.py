@@ -17,8 +17,8 @@ from invrecon.data.intensity import Intensity
 from invrecon.data.kspace import MAGNITUDE
 from invrecon.data.reconstruction import case_id
 from invrecon.data.volume import file_stem
-from invrecon.files import atomic_write, write_csv, write_json
-from invrecon.metrics.summary import ADAPTATION_METRICS, METRICS, format_table
+from invrecon.files import atomic_write, read_csv, write_csv, write_json
+from invrecon.metrics.summary import ADAPTATION_METRICS, METRICS, format_table, summarise
 from invrecon.report.adaptation import adaptation_figure, describe_trace, encode_trace, is_fit, step_images
 from invrecon.report.complex import as_magnitudes, case_intensity, is_complex, stored_maps, view, volume_rows
 from invrecon.report.provenance import file_identity, fingerprint, provenance
@@ -29,6 +29,7 @@ NEUTRAL = {
     "model": {"num_figures"},
     "data": {"paths", "slices", "batch_size", "num_workers"},
 }
+VOLUME_METRICS = ("nmse", "psnr", "ssim", "nmse_stored", "psnr_stored", "ssim_stored")
 # What decides numbers after all where the cases of a batch share what is learned from them.
 POOLED = {"slices", "batch_size"}
 
@@ -177,12 +178,12 @@ class ResultWriter(lightning.Callback):
         if not trainer.is_global_zero:
             return
         rows = self.store.rows()
-        summary = write_metrics(self.output, rows)
         if self.store.is_older_than(self.output / "report.html"):
             if any("psnr" in row for row in rows):
-                print(_table(pl_module.label, summary))
+                print(_table(pl_module.label, summarise(rows)))
             print(f"Nothing is new in {self.output}: report.html and figures are as they were.")
             return
+        summary = write_metrics(self.output, rows)
         parts = [self.store.read(name) for name in self.store.ids() if name in self.drawn]
         for part in parts:
             if self._figure(part.id).exists():
@@ -205,16 +206,25 @@ class ResultWriter(lightning.Callback):
         """Writes `volumes.csv`, and into `summary.json` their means, for complex images with references.
 
         Returns:
-            A line of it; empty where there is nothing to say.
+            Lines of it; empty where there is nothing to say.
         """
-        if trainer.datamodule.intensity.units != MAGNITUDE.units or not (rows := volume_rows(self.store)):
+        path = self.output / "volumes.csv"
+        if trainer.datamodule.intensity.units != MAGNITUDE.units:
             return ""
-        write_csv(self.output / "volumes.csv", rows)
-        means = {name: fmean(row[name] for row in rows) for name in ("nmse", "psnr", "ssim")}
+        rows = volume_rows(self.store, {str(row["case"]): row for row in read_csv(path)})
+        if not rows:
+            path.unlink(missing_ok=True)
+            return ""
+        names = [name for name in VOLUME_METRICS if all(name in row for row in rows)]
+        write_csv(path, rows)
+        means = {name: fmean(float(row[name]) for row in rows) for name in names}
         write_json(self.output / "summary.json", {**summary, "volumes": {**means, "num_volumes": len(rows)}})
-        num = sum(row["num_slices"] for row in rows)
+        num = sum(int(row["num_slices"]) for row in rows)
         what = f"{len(rows)} volume{'s' * (len(rows) != 1)} of {num} slice{'s' * (num != 1)}, by fastMRI's formulas"
-        return f"{what}: NMSE {means['nmse']:.4f}, PSNR {means['psnr']:.2f} dB, SSIM {means['ssim']:.4f}\n"
+        lines = [f"{what}: " + _volume_line(means, "")]
+        if "nmse_stored" in means:
+            lines.append("against the root sums of squares that the files state: " + _volume_line(means, "_stored"))
+        return "\n".join(lines) + "\n"
 
     def _figure(self, name: str, what: str = "") -> Path:
         case, index = name.rsplit("/", 1)
@@ -284,7 +294,7 @@ class ResultWriter(lightning.Callback):
             "data": sorted({str(row["case"]) for row in rows}),
             "measurement": sorted({str(row["measurement"]) for row in rows}),
             **pl_module.describe(),
-            **({"volumes": volumes.strip()} if volumes else {}),
+            **({"volumes": volumes.strip().replace("\n", "; ")} if volumes else {}),
             "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}",
             "weights (SHA-256)": pl_module.weights_sha256,
             "versions": self.store.provenance["versions"],
@@ -330,6 +340,11 @@ def wait_for_all(ranks: dist.ProcessGroup | None) -> None:
 
 def _scale(batch: Any, b: int) -> float:
     return batch.scale[b] if batch.scale else 1.0
+
+
+def _volume_line(means: Mapping[str, float], kind: str) -> str:
+    nmse, psnr, ssim = (means[name + kind] for name in ("nmse", "psnr", "ssim"))
+    return f"NMSE {nmse:.4f}, PSNR {psnr:.2f} dB, SSIM {ssim:.4f}"
 
 
 def _table(label: str, summary: Mapping[str, Any]) -> str:

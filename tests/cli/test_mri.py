@@ -183,14 +183,37 @@ def test_volumes_are_judged_as_fastmri_judges_them(result: Path, scans: Path) ->
     assert float(row["psnr"]) == pytest.approx(float(fastmri.evaluate.psnr(target, mean, largest)), abs=1e-3)
     assert float(row["ssim"]) == pytest.approx(float(fastmri.evaluate.ssim(target, mean, largest)[0]), abs=1e-4)
     assert float(row["max"]) == pytest.approx(largest)
+    with h5py.File(scans / "brain.h5") as file:
+        stored = file["reconstruction_rss"][()]
+    assert float(row["nmse_stored"]) == pytest.approx(float(fastmri.evaluate.nmse(stored, mean)), rel=1e-4)
+    assert float(row["psnr_stored"]) == pytest.approx(float(fastmri.evaluate.psnr(stored, mean, largest)), abs=1e-3)
+    assert float(row["ssim_stored"]) == pytest.approx(float(fastmri.evaluate.ssim(stored, mean, largest)[0]), abs=1e-4)
     assert files_in(result / "test") == {"metrics.csv", "volumes.csv", "summary.json", "config.yaml"}
     for name in ("predict", "test"):
         summary = json.loads((result / name / "summary.json").read_text())
         assert summary["volumes"].pop("num_volumes") == 1 and summary["psnr"]["mean"] > 0
-        assert set(summary["volumes"]) == {"nmse", "psnr", "ssim"}
+        kinds = ("", "_stored")
+        assert set(summary["volumes"]) == {f"{metric}{kind}" for metric in ("nmse", "psnr", "ssim") for kind in kinds}
     assert summary["volumes"]["nmse"] > 0
     page = (result / "predict" / "report.html").read_text()
     assert f"NMSE {float(row['nmse']):.4f}, PSNR {float(row['psnr']):.2f} dB" in page
+    assert f"NMSE {float(row['nmse_stored']):.4f}, PSNR {float(row['psnr_stored']):.2f} dB" in page
+
+
+def test_what_is_known_of_a_volume_is_kept(
+    scans: Path, tmp_path: Path, invrecon: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A volume on disk has no reference any more: its row stays as long as no slice is added to it."""
+    out = tmp_path / "out"
+    command = arguments("predict", "zero_filled_mri", scans, out, "--model.num_figures=0")
+    first = [arg if not arg.startswith("--data.slices") else "--data.slices=0" for arg in command]
+    invrecon(first)
+    texts = [(out / name).read_text() for name in ("volumes.csv", "summary.json")]
+    invrecon(first)
+    assert texts == [(out / name).read_text() for name in ("volumes.csv", "summary.json")]
+    (out / "report.html").unlink()  # as if the power had gone before it was written
+    invrecon(first)
+    assert texts == [(out / name).read_text() for name in ("volumes.csv", "summary.json")]
 
 
 def test_the_page_speaks_of_magnitudes(result: Path) -> None:
