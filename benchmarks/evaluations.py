@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from benchmarks import _common
 from benchmarks._common import FEW_SLICES, HELD_OUT, SETTINGS, Bench, Entry, Row
+from benchmarks.claims._verdicts import difference
 from invrecon.methods import ProximalDiffusion
-from invrecon.metrics.summary import format_entry, heading, paired_difference, summarise
+from invrecon.metrics.summary import format_entry, heading, summarise
 
 
 def contestants(evaluations: list[int], num_samples: int) -> tuple[str, dict[str, ProximalDiffusion]]:
@@ -39,7 +40,8 @@ def main(args: list[str] | None = None) -> None:
             for label, method in methods.items():
                 rows[label] = rows.get(label, []) + bench.rows(setting, Entry(label, method, options.prior), batch)
         for label, own in rows.items():
-            summary, gain = summarise(own), paired_difference(own, rows[default])
+            summary, gain = summarise(own), difference(own, rows[default])
+            assert gain is not None  # the same slices
             seconds = _common.median_seconds(own)
             results[f"{name}, {label}"] = {**summary, "gain": gain, "median_seconds": seconds}
             cells = [format_entry(metric, summary[metric]) for metric in ("psnr", "ssim", "relative_residual")]

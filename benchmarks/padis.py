@@ -19,9 +19,9 @@ import torch
 
 from benchmarks import _common, _machine
 from benchmarks._common import FEW_SLICES, HELD_OUT, SETTINGS, Bench, Entry, Row
+from benchmarks.claims._verdicts import difference
 from invrecon.data.cases import CaseBatch
 from invrecon.methods import Method, PaDISNormalised, PaDISRepo, ProximalDiffusion
-from invrecon.metrics.summary import paired_difference
 from invrecon.precision import has_bfloat16
 from invrecon.rng import make_generators
 
@@ -81,7 +81,8 @@ def report(ours: list[Row], published: list[Row], timing: list[Row], evaluations
     def median(kind: str, name: str) -> float:
         return statistics.median(row[kind][name] for row in timing)
 
-    difference = paired_difference(ours, published)
+    gain = difference(ours, published)
+    assert gain is not None  # the same slices
     lines = [
         ("fast sampler", int(ours[0]["num_evaluations"]), *_common.metric_cells(ours)[:-1],
          f"{median('seconds', OURS):.2f}", "1"),
@@ -91,11 +92,11 @@ def report(ours: list[Row], published: list[Row], timing: list[Row], evaluations
     ]  # fmt: skip
     header = ["20 views, noise-free", "Evaluations", *_common.METRIC_HEADINGS, "Time, in units of ours"]
     print("\n" + _common.markdown(header, lines))
-    print(f"\nPSNR, ours - {NORMALISED}, paired over {len(ours)} slices: {_common.difference_cell(difference)}")
+    print(f"\nPSNR, ours - {NORMALISED}, paired over {len(ours)} slices: {_common.difference_cell(gain)}")
     ratios = [row["ratio"][REPO] for row in timing]
     print(f"Time of {REPO} over ours: {min(ratios):.0f} to {max(ratios):.0f} in {len(ratios)} repeats")
     return {
-        "difference": difference,
+        "difference": gain,
         "seconds": {name: median("seconds", name) for name in timing[0]["seconds"]},
         "ratio": {name: median("ratio", name) for name in timing[0]["ratio"]},
     }

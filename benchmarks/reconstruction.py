@@ -18,10 +18,11 @@ import torch
 
 from benchmarks import _common
 from benchmarks._common import HELD_OUT, METRIC_HEADINGS, NATIVE, SETTINGS, TEST_SLICES, Bench, Entry, Row, Setting
+from benchmarks.claims._verdicts import difference
 from invrecon.data.cases import CaseBatch
 from invrecon.data.intensity import Intensity
 from invrecon.methods import FBP, Method, ProximalDiffusion, TotalVariation
-from invrecon.metrics.summary import describe, paired_difference, summarise
+from invrecon.metrics.summary import describe, summarise
 
 METHODS: dict[str, Method] = {
     "FBP": FBP(),
@@ -75,7 +76,9 @@ def report(rows: dict[tuple[str, str], list[Row]], settings: Sequence[str], meth
         for a, b in PAIRS:
             if a in methods and b in methods:
                 aim = AIMS.get(s) if b == "TV" else None
-                entry = differences[s][f"{a} - {b}"] = {**paired_difference(rows[s, a], rows[s, b]), "aim": aim}
+                gain = difference(rows[s, a], rows[s, b])
+                assert gain is not None  # the same slices
+                entry = differences[s][f"{a} - {b}"] = {**gain, "aim": aim}
                 aimed = "" if aim is None else f"{aim:.1f} dB"
                 compared.append((SETTINGS[s].title, f"{a} - {b}", _common.difference_cell(entry), aimed))
     if compared:

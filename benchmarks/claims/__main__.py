@@ -46,7 +46,7 @@ CLASSES: tuple[type[Run], ...] = (
 )
 TABLES = {table.letter: table for table in CLASSES}
 FOLDER = Path(__file__).parent
-PRIORS = ("patch_ellipses", "whole_ellipses", "patch_ct", "whole_ct")
+PRIORS = ("patch_ellipses", "whole_ellipses", "patch_ct", "whole_ct", "drunet_ct")
 
 
 def parse(args: list[str] | None) -> argparse.Namespace:
