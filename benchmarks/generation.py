@@ -174,9 +174,8 @@ def report(rows: Mapping[str, list[Row]]) -> dict[str, Any]:
         for label in (FIXED, NAIVE)
         if (entry := contrast((1, rows.get(label)), (-1, rows[SHIFTED]), metric="seams")) is not None
     }
-    print(
-        "\nIntervals: 95 % over samples, of differences Student's below ten, else bootstraps; those of the slices say nothing about other patients."
-    )
+    print("\nIntervals: 95 %, bootstraps over samples, those of fewer than ten differences Student's; those of the")
+    print("slices say nothing about other patients.")
     for name, entry in differences.items():
         print(f"Seam statistic, {name}, from the same noise: {_common.difference_cell(entry, '').strip()}")
     return {"summaries": summaries, "differences": differences}
