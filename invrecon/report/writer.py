@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -11,6 +13,7 @@ from typing import Any
 
 import lightning
 import torch.distributed as dist
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from invrecon.data.intensity import Intensity
@@ -102,6 +105,7 @@ class ResultWriter(lightning.Callback):
 
     def on_predict_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Begins to write, now that everything has been checked."""
+        end_at_once(trainer)
         if trainer.is_global_zero:
             remove_leftovers(self.output)
             with atomic_write(self.output / "config.yaml") as file:
@@ -319,6 +323,18 @@ class ResultWriter(lightning.Callback):
             adaptation_heading=heading,
             intensity=intensity,
         )
+
+
+def end_at_once(trainer: lightning.Trainer) -> None:
+    """Lets SIGTERM end a run where it is, as finished slices are on disk: Lightning's loops end after a batch or never."""
+
+    def end(signum: int, frame: Any) -> None:
+        if (launcher := trainer.strategy.launcher) is not None:
+            launcher.kill(signum)  # type: ignore[arg-type]
+        raise SIGTERMException
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, end)  # the Trainer puts back at its end what was there before it
 
 
 def patient_group() -> dist.ProcessGroup | None:

@@ -190,8 +190,12 @@ def test_a_training_is_not_continued_with_other_data(
     assert (tmp_path / "run" / "prior.md").read_text() == card
 
 
-@pytest.mark.parametrize("command", ["test", "predict"])
-@pytest.mark.parametrize("config", RECONSTRUCTION)
+@pytest.mark.parametrize(
+    ("config", "command"),
+    # `test` is one loop for all of a kind
+    [(name, "predict") for name in RECONSTRUCTION]
+    + [(name, "test") for name in ("fbp_ct", "recon_rgb", *ADAPTATION, "dip_ct")],
+)
 def test_reconstruction_configs(
     config: str, command: str, invrecon: Callable[..., Any], library: Path, here: Path, tmp_path: Path
 ) -> None:

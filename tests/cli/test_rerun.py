@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,31 @@ def test_ctrl_c_says_how_to_go_on(
     with pytest.raises(SystemExit) as end:
         cli.main_entry()
     assert end.value.code == 130 and sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["test", "predict"])
+def test_a_run_that_is_terminated_ends_at_once(
+    invrecon: Callable[..., Any],
+    command: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+) -> None:
+    """Lightning would end after the batch, or, of the last one and in `predict`, not at all."""
+    before, calls = signal.getsignal(signal.SIGTERM), []
+
+    def hangs(*args: Any, **kwargs: Any) -> None:
+        calls.append(None)
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("it goes on")
+
+    monkeypatch.setattr(Witness, "__call__", hangs)
+    monkeypatch.setattr("sys.argv", ["invrecon", kind, *command[1:]])
+    with pytest.raises(SystemExit) as end:
+        cli.main_entry()
+    assert end.value.code == 143 and "invrecon: terminated; " in capsys.readouterr().err
+    assert len(calls) == 1 and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_test_is_of_the_slices_that_it_was_asked_for(
