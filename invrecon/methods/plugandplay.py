@@ -46,7 +46,7 @@ class PlugAndPlay(Method):
     start, of the prior nothing but `D`, and takes no gradient through the network. An estimator: one image, no samples.
 
     Args:
-        sigma: Level of the denoiser, in intensity units.
+        sigma: Level of the denoiser, in intensity units; a lower one takes more iterations.
         num_iterations: Most iterations, and so denoiser evaluations.
         cg_iterations: CG iterations of the proximal map.
         max_weight: Cap of `gamma ||A||^2`, dimensionless.
@@ -59,7 +59,7 @@ class PlugAndPlay(Method):
 
     def __init__(
         self,
-        sigma: float = 0.01,
+        sigma: float = 0.02,
         num_iterations: int = 100,
         cg_iterations: int = 20,
         max_weight: float = 1000.0,

@@ -326,7 +326,7 @@ class ResultWriter(lightning.Callback):
 
 
 def end_at_once(trainer: lightning.Trainer) -> None:
-    """Lets SIGTERM end a run where it is, as finished slices are on disk: Lightning's loops end after a batch or never."""
+    """Lets SIGTERM end a run where it is, as finished slices are kept: Lightning's loops end after a batch or never."""
 
     def end(signum: int, frame: Any) -> None:
         if (launcher := trainer.strategy.launcher) is not None:
