@@ -141,6 +141,7 @@ SPACES: dict[str, Space] = {
     "WaveletL1": {"weight": LogUniform(1e-7, 1e-2), "noise_weight": LogUniform(3e-3, 1.0)},
     "CGSENSE": {"lam": LogUniform(1e-5, 1.0)},
     "SIRT": {"num_iterations": Integers(5, 1000, LogUniform), "discrepancy": Uniform(0.0, 1.5)},
+    "AnnealedPnPADMM": {"sigma": LogUniform(1e-3, 0.03), "sigma_max": LogUniform(0.03, 0.5), "max_weight": _CAP},
     "PnPADMM": {"sigma": LogUniform(3e-3, 0.3), "max_weight": _CAP},
     "RED": {"sigma": LogUniform(3e-3, 0.3), "max_weight": _CAP},
     "ProximalDiffusion": {

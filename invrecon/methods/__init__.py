@@ -45,7 +45,7 @@ from invrecon.methods.langevin import (
     StandardCorrection,
 )
 from invrecon.methods.padis import PaDIS, PaDISNormalised, PaDISPaper, PaDISRepo
-from invrecon.methods.plugandplay import RED, PlugAndPlay, PnPADMM
+from invrecon.methods.plugandplay import RED, AnnealedPnPADMM, PlugAndPlay, PnPADMM
 from invrecon.methods.projection import (
     DDNM,
     DDNMFBP,
@@ -98,6 +98,7 @@ __all__ = [
     "ASeqDIP",
     "AcceleratedRenoise",
     "AllIterations",
+    "AnnealedPnPADMM",
     "Conditioning",
     "DAPSExact",
     "DDNMPlus",

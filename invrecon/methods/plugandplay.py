@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from invrecon.priors.base import Prior
 
 Map = Callable[[Tensor], Tensor]
+SETTLED = 0.7  # share of the iterations after which levels that fall have come to the last one
 
 
 class PlugAndPlay(Method):
@@ -87,6 +89,10 @@ class PlugAndPlay(Method):
         """Most denoiser evaluations: one an iteration."""
         return self.num_iterations
 
+    def level(self, iteration: int) -> float:
+        """Returns the denoiser's level at an iteration, from 1."""
+        return self.sigma
+
     @abstractmethod
     def iterate(self, v: Tensor, denoise: Map, fit: Map) -> tuple[Tensor, Tensor]:
         """Returns the next state and the image, which agree with the data as far as they are trusted.
@@ -116,24 +122,19 @@ class PlugAndPlay(Method):
         check_complex_range(self, "clip", self.clip, operator)
         draws = check_generators(generators, y.shape[0])
         physics = count_calls(operator, calls)
-        v = self.start(y, physics, self.sigma, draws)
+        v = self.start(y, physics, self.level(1), draws)
         weighted, data, std = physics.whiten(y)
-        gamma = torch.full(y.shape[:1], self.max_weight / weighted.norm() ** 2, dtype=y.dtype, device=y.device)
-        if std is not None:
-            gamma = gamma.minimum((self.sigma / std.to(y)).square())
-
-        def denoise(x: Tensor) -> Tensor:
-            return counted(x, self.sigma, generators=draws)
-
-        def fit(x: Tensor) -> Tensor:
-            return weighted.prox(x, data, gamma, max_iter=self.cg_iterations)
-
+        cap = torch.full(y.shape[:1], self.max_weight / weighted.norm() ** 2, dtype=y.dtype, device=y.device)
         end = PerSampleStop(v, self.tol)
         for iteration in range(1, self.num_iterations + 1):
+            sigma = self.level(iteration)
+            gamma = cap if std is None else cap.minimum((sigma / std.to(y)).square())
+            denoise = partial(counted, sigma=sigma, generators=draws)
+            fit = partial(weighted.prox, y=data, weight=gamma, max_iter=self.cg_iterations)
             before = v
             v, image = self.iterate(v, denoise, fit)
-            length = norm_per_sample(image).clamp(min=torch.finfo(image.dtype).tiny)
-            if end(iteration, image, norm_per_sample(v - before) / length):
+            step = norm_per_sample(v - before) / norm_per_sample(image).clamp(min=torch.finfo(image.dtype).tiny)
+            if end(iteration, image, step if sigma == self.sigma else torch.full_like(step, torch.inf)):
                 break
         mean = end.result if self.clip is None else end.result.clamp(*self.clip)
         return Estimate(
@@ -170,6 +171,56 @@ class PnPADMM(PlugAndPlay):
         z = denoise(v)
         x = fit(2 * z - v)
         return v + x - z, x
+
+
+class AnnealedPnPADMM(PnPADMM):
+    r"""Plug-and-play ADMM whose denoiser begins at a high level and ends at a low one.
+
+        sigma_i = sigma_max (sigma / sigma_max)^min(1, (i - 1) / (0.7 K))      at iteration i of K
+
+    with the iteration of `PnPADMM` at the level `sigma_i`. High levels make large steps and mend what the start lacks,
+    low ones leave fine structure: one fixed level either blurs or takes many more iterations. Where the data have
+    noise, their weight is the likelihood's at each level. A sample may stop once the last level is reached.
+
+    One evaluation an iteration (50), `2 + 2 k` operator calls for `k` CG iterations; no gradient through the network.
+    Asks of the operator its proximal map (CG in general) and a direct inverse for the start, of the prior nothing but
+    `D`.
+
+    Source: Venkatakrishnan, Bouman & Wohlberg, GlobalSIP 2013 (the iteration); Zhang et al., "Plug-and-play image
+    restoration with deep denoiser prior" (DPIR), IEEE TPAMI 44, 2022, Sec. 4.2 (levels that fall geometrically, there
+    with half-quadratic splitting); see `PlugAndPlay` for what is common to all.
+
+    Args:
+        sigma: Last level of the denoiser, in intensity units.
+        sigma_max: First level.
+        num_iterations: Iterations, and so denoiser evaluations.
+        cg_iterations: CG iterations of the proximal map.
+        max_weight: Cap of `gamma ||A||^2`, dimensionless.
+        tol: Relative step at which a sample stops at the last level; 0 runs all iterations.
+        start: The first image; the clipped direct inverse if None.
+        clip: Range to which the estimate is clipped at the end, or None.
+    """
+
+    def __init__(
+        self,
+        sigma: float = 0.005,
+        sigma_max: float = 0.1,
+        num_iterations: int = 50,
+        cg_iterations: int = 20,
+        max_weight: float = 1000.0,
+        tol: float = 1e-4,
+        start: Start | None = None,
+        clip: tuple[float, float] | None = (0.0, 1.0),
+    ) -> None:
+        super().__init__(sigma, num_iterations, cg_iterations, max_weight, tol, start, clip)
+        if not sigma_max >= sigma:
+            raise InputError(f"AnnealedPnPADMM needs sigma_max >= sigma, got {sigma_max} and {sigma}.")
+        self.sigma_max = float(sigma_max)
+
+    def level(self, iteration: int) -> float:
+        """Returns the level at an iteration: it falls by a fixed ratio, and is the last one from 70 % on."""
+        share = (iteration - 1) / (SETTLED * self.num_iterations)
+        return self.sigma if share >= 1 else self.sigma_max * (self.sigma / self.sigma_max) ** share
 
 
 class RED(PlugAndPlay):

@@ -1,10 +1,12 @@
 """Plug-and-play ADMM and RED: for a Gaussian prior the denoiser is linear, and both fixed points are known."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from invrecon.errors import InputError
-from invrecon.methods import FBP, RED, EstimateStart, GivenStart, PnPADMM
+from invrecon.methods import FBP, RED, AnnealedPnPADMM, EstimateStart, GivenStart, PnPADMM
 from invrecon.priors.analytic import GaussianPrior
 from invrecon.priors.base import Prior
 from invrecon.rng import make_generators, randn
@@ -30,6 +32,24 @@ def test_admm_finds_the_posterior_mean_whatever_the_level(sigma):
     toy = make_toy()
     x = PnPADMM(sigma, **CONVERGED)(toy.y, toy.operator, toy.prior).mean
     torch.testing.assert_close(x.flatten(), toy.mean, atol=1e-6, rtol=0)
+
+
+def test_levels_that_fall_end_at_the_same_fixed_point():
+    toy = make_toy()
+    x = AnnealedPnPADMM(0.5, 2.0, **CONVERGED)(toy.y, toy.operator, toy.prior)
+    torch.testing.assert_close(x.mean.flatten(), toy.mean, atol=1e-6, rtol=0)
+    assert x.stats["num_iterations"][0] > 0.7 * 3000, "no sample stops before the last level"
+
+
+def test_levels_fall_geometrically_and_then_stay():
+    method = AnnealedPnPADMM(0.01, 0.16, num_iterations=10)
+    levels = [method.level(i) for i in range(1, 11)]
+    assert levels[0] == 0.16 and levels[7:] == [0.01] * 3
+    ratios = [b / a for a, b in pairwise(levels[:8])]
+    assert ratios == pytest.approx([16 ** (-1 / 7)] * 7)
+    assert AnnealedPnPADMM(0.1, 0.1).level(1) == AnnealedPnPADMM(0.1, 0.1).level(50) == 0.1
+    with pytest.raises(InputError, match="sigma_max >= sigma"):
+        AnnealedPnPADMM(0.1, 0.05)
 
 
 @pytest.mark.parametrize("sigma", [0.3, 1.0])
@@ -112,7 +132,7 @@ class Drawing(Prior):
         return self.prior(x, sigma) + 0.1 * randn(x.shape[1:], generators, x)
 
 
-@pytest.mark.parametrize("method", [PnPADMM, RED])
+@pytest.mark.parametrize("method", [PnPADMM, AnnealedPnPADMM, RED])
 def test_draws_belong_to_the_case(method):
     toy = make_toy()
     y, keys, engine = torch.cat([toy.y, 2 * toy.y]), ["a", "b"], method(num_iterations=4)
