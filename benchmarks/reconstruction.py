@@ -21,7 +21,7 @@ from benchmarks._common import HELD_OUT, METRIC_HEADINGS, NATIVE, SETTINGS, TEST
 from benchmarks.claims._verdicts import difference
 from invrecon.data.cases import CaseBatch
 from invrecon.data.intensity import Intensity
-from invrecon.methods import FBP, Method, ProximalDiffusion, TotalVariation
+from invrecon.methods import FBP, AnnealedPnPADMM, Method, ProximalDiffusion, TotalVariation
 from invrecon.metrics.summary import describe, summarise
 
 METHODS: dict[str, Method] = {
@@ -29,9 +29,10 @@ METHODS: dict[str, Method] = {
     "TV": TotalVariation(),
     "patch": ProximalDiffusion(),
     "whole": ProximalDiffusion(),
+    "annealed": AnnealedPnPADMM(),  # with the patch prior, too
 }
-PAIRS = (("patch", "TV"), ("patch", "whole"))
-AIMS = {"20-clean": 4.0, "60-clean": 5.0, "20-noisy": 3.5, "60-noisy": 3.5}  # patch - TV, at least [dB]
+PAIRS = (("patch", "TV"), ("patch", "whole"), ("annealed", "TV"), ("annealed", "patch"))
+AIMS = {"20-clean": 4.0, "60-clean": 5.0, "20-noisy": 3.5, "60-noisy": 3.5}  # over TV, at least [dB]
 
 
 def setting_batches(setting: Setting, slices: str, size: int, batch_size: int) -> list[CaseBatch]:
@@ -94,7 +95,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--figure", type=Path, help="PNG of one slice by all methods")
     parser.add_argument("--figure-slice", type=int, default=50)
     options = parser.parse_args(args)
-    priors = {"patch": options.prior, "whole": options.whole}
+    priors = {"patch": options.prior, "whole": options.whole, "annealed": options.prior}
     for label in (name for name in priors if name in options.methods):
         _common.weights_hash(priors[label])  # a missing prior is noticed now, not after an hour
     bench = Bench(_common.start(options, "reconstruction"), options.size)
