@@ -180,7 +180,8 @@ class AnnealedPnPADMM(PnPADMM):
 
     with the iteration of `PnPADMM` at the level `sigma_i`. High levels make large steps and mend what the start lacks,
     low ones leave fine structure: one fixed level either blurs or takes many more iterations. Where the data have
-    noise, their weight is the likelihood's at each level. A sample may stop once the last level is reached.
+    noise, their weight is the likelihood's at each level, and low levels settle slowly: take a last level of 0.02. A
+    sample may stop once the last level is reached.
 
     One evaluation an iteration (50), `2 + 2 k` operator calls for `k` CG iterations; no gradient through the network.
     Asks of the operator its proximal map (CG in general) and a direct inverse for the start, of the prior nothing but
