@@ -92,9 +92,11 @@ TUNING = {
     )
     for num, sampling in ((4, R4), (8, R8))
 }
-ROWS = ("zero-filled", "cg-sense", "tv", "wavelet", "whole", "patch")
+ANNEALED = "annealed"  # with the patch prior, too
+ROWS = ("zero-filled", "cg-sense", "tv", "wavelet", "whole", "patch", ANNEALED)
 PRIORS = ("whole", "patch")
-PAIRS = (("patch", "tv"), ("patch", "wavelet"), ("patch", "whole"))
+CLASSICAL = ("tv", "wavelet")  # what priors are to be better than
+PAIRS = (("patch", "tv"), ("patch", "wavelet"), ("patch", "whole"), (ANNEALED, "tv"), (ANNEALED, "patch"))
 GRIDS = {
     "cg-sense": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "tv": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
@@ -142,13 +144,16 @@ class Tables:
 
     def entry(self, row: str) -> Entry:
         """Returns who competes in a row."""
+        if row == ANNEALED:
+            return Entry(row, load_method("annealed_mri"), self.priors["patch"])
         if row in PRIORS:
             return Entry(row, load_method("recon_mri"), self.priors[row])
         return Entry(row, FBP(clip=None) if row == "zero-filled" else classical(row, WEIGHTS[row]))
 
     def has_weights(self, row: str) -> bool:
         """Says whether a row's prior is there, if it needs one."""
-        return row not in PRIORS or _common.has_weights(self.priors[row])
+        prior = "patch" if row == ANNEALED else row
+        return prior not in PRIORS or _common.has_weights(self.priors[prior])
 
     def find(self, setting: MRISetting, entry: Entry) -> list[Row]:
         """Returns the rows that the record holds."""
@@ -294,7 +299,7 @@ def report(tables: Tables, settings: Sequence[MRISetting], rows: Sequence[str]) 
         differences[setting.name] = {}
         for a, b in PAIRS:
             entry = difference(found.get(a), found.get(b))
-            aim = None if b == "whole" else setting.aim
+            aim = setting.aim if b in CLASSICAL else None
             if aim is not None:
                 claim = f"{setting.title}: {a} is at least {aim:.0f} dB above {b}"
                 verdicts.append(decide(claim, entry, aim))

@@ -87,7 +87,7 @@ def test_every_row_in_every_setting(folder: Path, tmp_path: Path, capsys: pytest
     judged = {verdict["claim"] for verdict in result["verdicts"]}
     assert "Simulated, R = 8: patch is at least 2 dB above tv" in judged
     assert "Measured, Poisson disc, R = 8: patch is at least 1 dB above wavelet" in judged
-    assert len(judged) == 2 * (1 + 4), "of what was aimed at: eightfold simulated, and all of the measured scan"
+    assert len(judged) == 3 * (1 + 4), "of what was aimed at: eightfold simulated, and all of the measured scan"
 
     mri.main(arguments(folder, out, "--rows", "tv", "--settings", "sim-r8", "real-r4", "--figure", figure))
     assert "dB, " not in capsys.readouterr().out.partition("| Setting")[0], "a second run computes nothing"
