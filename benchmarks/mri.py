@@ -92,11 +92,15 @@ TUNING = {
     )
     for num, sampling in ((4, R4), (8, R8))
 }
-ANNEALED = "annealed"  # with the patch prior, too
-ROWS = ("zero-filled", "cg-sense", "tv", "wavelet", "whole", "patch", ANNEALED)
+LEARNED = {  # row -> the configuration of its method, and which of `PRIORS` it has
+    "whole": ("recon_mri", "whole"),
+    "patch": ("recon_mri", "patch"),
+    "annealed": ("annealed_mri", "patch"),
+}
+ROWS = ("zero-filled", "cg-sense", "tv", "wavelet", *LEARNED)
 PRIORS = ("whole", "patch")
 CLASSICAL = ("tv", "wavelet")  # what priors are to be better than
-PAIRS = (("patch", "tv"), ("patch", "wavelet"), ("patch", "whole"), (ANNEALED, "tv"), (ANNEALED, "patch"))
+PAIRS = (("patch", "tv"), ("patch", "wavelet"), ("patch", "whole"), ("annealed", "tv"), ("annealed", "patch"))
 GRIDS = {
     "cg-sense": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "tv": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
@@ -144,16 +148,14 @@ class Tables:
 
     def entry(self, row: str) -> Entry:
         """Returns who competes in a row."""
-        if row == ANNEALED:
-            return Entry(row, load_method("annealed_mri"), self.priors["patch"])
-        if row in PRIORS:
-            return Entry(row, load_method("recon_mri"), self.priors[row])
+        if row in LEARNED:
+            config, prior = LEARNED[row]
+            return Entry(row, load_method(config), self.priors[prior])
         return Entry(row, FBP(clip=None) if row == "zero-filled" else classical(row, WEIGHTS[row]))
 
     def has_weights(self, row: str) -> bool:
         """Says whether a row's prior is there, if it needs one."""
-        prior = "patch" if row == ANNEALED else row
-        return prior not in PRIORS or _common.has_weights(self.priors[prior])
+        return row not in LEARNED or _common.has_weights(self.priors[LEARNED[row][1]])
 
     def find(self, setting: MRISetting, entry: Entry) -> list[Row]:
         """Returns the rows that the record holds."""

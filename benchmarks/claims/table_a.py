@@ -21,7 +21,7 @@ AVERAGE = {"class": "OverlapAverage", "stride": 48}
 STITCHED = {"class": "Stitched", "margin": 4}
 DEFAULT, PADIS, WHOLE, TV, BASELINE = "ProximalDiffusion", "PaDIS", "PaDIS-whole", "TotalVariation", "FBP"
 FULL = "PaDIS-full"  # as published
-WITHOUT_LEVELS = ("FBP", "TotalVariation", "PnPADMM", "RED")  # rows to which 50 evaluations are no handicap
+WITHOUT_LEVELS = ("FBP", "TotalVariation", "PnPADMM", "RED")  # rows that have no ladder of levels to shorten
 DRUNET = "drunet_ct"
 
 # PSNR [dB] of the talk on PaDIS: 20 views, 8 views, deblurring, super-resolution.

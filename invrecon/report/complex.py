@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,21 +83,27 @@ def volume_rows(store: PredictionStore, earlier: Mapping[str, Mapping[str, Any]]
         cases.setdefault(name.rsplit("/", 1)[0], []).append(name)
     rows = []
     for case, names in cases.items():
-        images, indices = [], []
-        for name in names:
-            part = store.read(name)  # with maps and samples: one at a time
-            if "reference" in part.arrays:
-                images.append([torch.from_numpy(part.arrays[key]) for key in ("reference", "mean")])
-                indices.append(part.index)
-        if len(images) == len(names):
-            target, estimate = (torch.stack(column) for column in zip(*images, strict=True))
-            maximum = part.row.get("max")
-            row = {"case": case, "num_slices": len(names), "max": maximum or float(target.max())}
-            row |= volume_metrics(target, estimate, maximum)
-            stored = read_target(Path(part.source), indices)
-            if stored is not None and stored.shape == estimate.shape and stored.any():
-                row |= {f"{name}_stored": v for name, v in volume_metrics(stored, estimate, maximum).items()}
+        if (row := _volume_row(store, case, names)) is not None:
             rows.append(row)
         elif int(earlier.get(case, {}).get("num_slices", 0)) == len(names):
             rows.append(dict(earlier[case]))
     return rows
+
+
+def _volume_row(store: PredictionStore, case: str, names: Sequence[str]) -> dict[str, Any] | None:
+    """Returns the metrics of one case over these slices; None if one of them lacks its reference."""
+    targets, estimates, indices = [], [], []
+    for name in names:
+        part = store.read(name)  # with maps and samples: one at a time
+        if "reference" not in part.arrays:
+            return None
+        targets.append(torch.from_numpy(part.arrays["reference"]))
+        estimates.append(torch.from_numpy(part.arrays["mean"]))
+        indices.append(part.index)
+    target, estimate, maximum = torch.stack(targets), torch.stack(estimates), part.row.get("max")
+    row = {"case": case, "num_slices": len(names), "max": maximum or float(target.max())}
+    row |= volume_metrics(target, estimate, maximum)
+    stored = read_target(Path(part.source), indices)
+    if stored is not None and stored.shape == estimate.shape and stored.any():
+        row |= {f"{name}_stored": value for name, value in volume_metrics(stored, estimate, maximum).items()}
+    return row

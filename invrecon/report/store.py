@@ -89,6 +89,8 @@ class PredictionStore:
         output_dir: The folder that holds all that the run writes.
         units: Of the stored images.
         provenance: Written into every volume as JSON: see `provenance.provenance`.
+        inputs: Case -> identity of its input file (`provenance.file_identity`), kept with its results. Results of other
+            cases are let be, so that files can be added.
     """
 
     def __init__(
@@ -96,26 +98,24 @@ class PredictionStore:
         output_dir: str | os.PathLike[str],
         units: str = "HU",
         provenance: Mapping[str, Any] | None = None,
+        inputs: Mapping[str, str] | None = None,
     ) -> None:
         self.output_dir = Path(output_dir)
         self.parts_dir = self.output_dir / ".parts"
         self.units = units
         self.provenance = dict(provenance or {})
-        self.inputs: dict[str, str] = {}
+        self.inputs = dict(inputs or {})
 
-    def completed(self, fingerprint: str, inputs: Mapping[str, str] | None = None) -> set[str]:
+    def completed(self, fingerprint: str) -> set[str]:
         """Returns the ids of slices that need not be reconstructed again, from parts and volumes.
 
         Args:
             fingerprint: Identity of this run's settings and weights: see `provenance.fingerprint`.
-            inputs: Case -> identity of its input file (`provenance.file_identity`), kept with what is saved from now
-                on. Results of other cases are let be, so that files can be added.
 
         Raises:
             InputError: The folder holds results of another run or of a file that has changed since, or a volume that
                 cannot be read.
         """
-        self.inputs = dict(inputs or {})
         ids = set()
         for path in self._part_paths():
             try:

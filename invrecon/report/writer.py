@@ -65,12 +65,12 @@ class ResultWriter(lightning.Callback):
         origin = provenance(
             self.config, weights_sha256=pl_module.weights_sha256, seed=pl_module.seed, command=self.command
         )
-        self.store = PredictionStore(self.output, data.intensity.units, origin)
         index = data.case_index()
         inputs = {file_stem(path): file_identity(path) for path, _ in index if Path(path).exists()}
+        self.store = PredictionStore(self.output, data.intensity.units, origin, inputs)
         self.fingerprint = fingerprint(self._settings(stage, pl_module.pool), pl_module.weights_sha256)
         self.ranks = patient_group()
-        done = self.store.completed(self.fingerprint, inputs)
+        done = self.store.completed(self.fingerprint)
         kept = self.store.volume_ids() if stage == "predict" else set()
         trainer.strategy.barrier("completed")  # nobody writes before everybody has looked
         if stage == "predict":
@@ -190,9 +190,8 @@ class ResultWriter(lightning.Callback):
         summary = write_metrics(self.output, rows)
         parts = [self.store.read(name) for name in self.store.ids() if name in self.drawn]
         for part in parts:
-            if self._figure(part.id).exists():
-                continue
-            self._draw(part, pl_module, trainer.datamodule.intensity)  # type: ignore[attr-defined]
+            if not self._figure(part.id).exists():
+                self._draw(part, pl_module, trainer.datamodule.intensity)  # type: ignore[attr-defined]
         traces = self.store.traces()
         write_traces(self.output, traces)
         adapted = self._draw_adaptations(parts, traces, pl_module, trainer.datamodule.intensity)  # type: ignore[attr-defined]
