@@ -10,6 +10,7 @@ import shlex
 import sys
 import time
 import warnings
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -174,22 +175,28 @@ class InvreconCLI(LightningCLI):
         return super()._instantiate_trainer(config, callbacks)
 
     def _writer(self) -> ResultWriter:
-        text = self._text()
+        text = self._text
         return ResultWriter(self.output, yaml.safe_load(text), text, self.command)
 
     def settings(self) -> dict[str, Any]:
         """Returns the resolved configuration, every argument of every class in it."""
-        return yaml.safe_load(self._text())
+        return yaml.safe_load(self._text)
 
     @property
     def config_name(self) -> str:
         """The name of the last --config, without its ending."""
         return _config_name(self.config[self.subcommand])
 
+    @cached_property
     def _text(self) -> str:
         """The resolved configuration, as YAML."""
         config = self.config[self.subcommand]
         return self._parser(self.subcommand).dump(config, skip_link_targets=False, skip_none=False)
+
+    def _dump_config(self) -> None:
+        """Keeps what Lightning hands to model and data as their hyperparameters: one dump serves it and us."""
+        if not hasattr(self, "config_dump"):
+            self.config_dump = self.settings()
 
     def _training_callbacks(self) -> list[lightning.Callback]:
         asked = self.config.fit.get("ckpt_path")

@@ -50,12 +50,11 @@ RECONSTRUCTION = {
     "padis_ct": ("--model.prior={}/patch.safetensors", "--model.method.num_levels=2", "--model.method.num_inner=2"),
     "tv_ct": ("--model.method.num_iterations=25",),
     "fbp_ct": (),
-    "dip_ct": ("--model.method.num_iterations=3", "--data.slices=null"),
+    "dip_ct": ("--model.method.num_iterations=3",),
     "udig_dip_ct": (
         "--model.prior={}/whole.safetensors",
         "--model.method.num_iterations=3",
         "--model.method.num_inner=1",
-        "--data.slices=null",
     ),
     "sirt_ct": ("--model.method.num_iterations=3",),
     "wavelet_ct": ("--model.method.num_iterations=3",),
@@ -111,13 +110,14 @@ def test_a_prior_is_trained_validated_and_used(
     steps = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
     assert steps == 4
 
-    invrecon(command)  # finished: exports the same weights again
-    again = load_file(run / "prior.safetensors")
-    assert all(torch.equal(prior[key], again[key]) for key in prior)
+    if config in ("patch_ct", "patch_rgb"):
+        invrecon(command)  # finished: exports the same weights again
+        again = load_file(run / "prior.safetensors")
+        assert all(torch.equal(prior[key], again[key]) for key in prior)
 
-    cli = invrecon(["validate", *command[1:]])
-    assert torch.equal(cli.model.ema.state_dict()["network.stem.weight"], prior["network.stem.weight"])
-    assert float(cli.trainer.callback_metrics["validation/loss"]) > 0
+        cli = invrecon(["validate", *command[1:]])
+        assert torch.equal(cli.model.ema.state_dict()["network.stem.weight"], prior["network.stem.weight"])
+        assert float(cli.trainer.callback_metrics["validation/loss"]) > 0
 
     args = (f"--model.prior={run / 'prior.safetensors'}", *FAST)
     user, data = ("recon_rgb.yaml", "photos") if rgb else ("recon_ct.yaml", "scans/a.h5")
@@ -202,7 +202,8 @@ def test_reconstruction_configs(
 ) -> None:
     more = [option.format(library) for option in RECONSTRUCTION[config]]
     data = "photos" if config.endswith("rgb") else "scans"
-    args = reconstruct(command, f"{config}.yaml", library / data, tmp_path / "out", "--model.num_figures=0", *more)
+    more += ["--model.num_figures=0", "--data.slices=0"]  # of each of three patients
+    args = reconstruct(command, f"{config}.yaml", library / data, tmp_path / "out", *more)
     invrecon(args)
     expected = {"config.yaml", "metrics.csv", "summary.json"}
     if config in ADAPTATION or "dip" in config:

@@ -131,17 +131,17 @@ def test_paths(run: Callable[..., Any], library: Path, paths: str, expected: lis
     assert cli.datamodule.case_ids() == [f"{name}/0001" for name in expected]
 
 
-@pytest.mark.parametrize("one_word", [False, True])
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("text", "expected", "one_word"),
     [
-        ("1:10:5", [1, 6]),  # a number of base 60 in YAML 1.1
-        ("1:3", [1, 2]),  # another
-        ("3", [3]),  # an integer
-        ("1,4,9", [1, 4, 9]),
-        ("8:", [8, 9]),  # a mapping
-        (":2", [0, 1]),
-        ("07", [7]),  # an octal
+        ("1:10:5", [1, 6], False),  # a number of base 60 in YAML 1.1
+        ("1:3", [1, 2], True),  # another
+        ("3", [3], False),  # an integer
+        ("1,4,9", [1, 4, 9], True),
+        ("8:", [8, 9], False),  # a mapping
+        ("8:", [8, 9], True),
+        (":2", [0, 1], False),
+        ("07", [7], True),  # an octal
     ],
 )
 def test_slices(
