@@ -10,17 +10,17 @@ from __future__ import annotations
 from benchmarks import _common
 from benchmarks._common import FEW_SLICES, HELD_OUT, SETTINGS, Bench, Entry, Row
 from benchmarks.claims._verdicts import difference
-from invrecon.methods import ProximalDiffusion
+from invrecon.methods import AnnealedPnPADMM
 from invrecon.metrics.summary import format_entry, heading, summarise
 
 
-def contestants(evaluations: list[int], num_samples: int) -> tuple[str, dict[str, ProximalDiffusion]]:
+def contestants(evaluations: list[int], num_samples: int) -> tuple[str, dict[str, AnnealedPnPADMM]]:
     """Returns the label of the default, against which all are compared, and the samplers by label."""
-    default = ProximalDiffusion().schedule.num_levels
-    methods = {f"{n} evaluations": ProximalDiffusion(num_levels=n) for n in sorted({*evaluations, default})}
+    default = AnnealedPnPADMM().schedule.num_levels
+    methods = {f"{n} evaluations": AnnealedPnPADMM(num_levels=n) for n in sorted({*evaluations, default})}
     if num_samples > 1:
         label = f"mean of {num_samples} samples of {default}"
-        methods[label] = ProximalDiffusion(num_samples=num_samples, samples_per_batch=1)
+        methods[label] = AnnealedPnPADMM(num_samples=num_samples, samples_per_batch=1)
     return f"{default} evaluations", methods
 
 

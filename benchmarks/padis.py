@@ -21,7 +21,7 @@ from benchmarks import _common, _machine
 from benchmarks._common import FEW_SLICES, HELD_OUT, SETTINGS, Bench, Entry, Row
 from benchmarks.claims._verdicts import difference
 from invrecon.data.cases import CaseBatch
-from invrecon.methods import Method, PaDISNormalised, PaDISRepo, ProximalDiffusion
+from invrecon.methods import AnnealedPnPADMM, Method, PaDISNormalised, PaDISRepo
 from invrecon.precision import has_bfloat16
 from invrecon.rng import make_generators
 
@@ -47,7 +47,7 @@ def time_all(bench: Bench, prior: str, timed: int, repeats: int, batches: list[C
     """Returns seconds a slice of each contestant, a row a repeat; contestants take turns within a repeat."""
     setting, batch = SETTINGS["20-clean"], batches[0]
     (single,) = _common.load_batches(HELD_OUT, str(batch.index[0]), bench.size, 1)
-    ours, repo = ProximalDiffusion(), PaDISRepo(num_levels=timed // NUM_INNER, num_inner=NUM_INNER)
+    ours, repo = AnnealedPnPADMM(), PaDISRepo(num_levels=timed // NUM_INNER, num_inner=NUM_INNER)
     where = {"machine": bench.record.machine, "precision": bench.precision}
     names = timed_rows(bench.record.device)
     runs, rows = None, []
@@ -113,7 +113,7 @@ def main(args: list[str] | None = None) -> None:
     batches = _common.load_batches(HELD_OUT, options.slices, options.size, options.batch_size)
     timing = time_all(bench, options.prior, options.timed, options.repeats, batches)
     setting = SETTINGS["20-clean"]
-    ours = [row for b in batches for row in bench.rows(setting, Entry(OURS, ProximalDiffusion(), options.prior), b)]
+    ours = [row for b in batches for row in bench.rows(setting, Entry(OURS, AnnealedPnPADMM(), options.prior), b)]
     method = PaDISNormalised(num_levels=options.evaluations // NUM_INNER, num_inner=NUM_INNER)
     singles = _common.load_batches(HELD_OUT, options.slices, options.size, 1)
     published = [row for b in singles for row in bench.rows(setting, Entry(NORMALISED, method, options.prior), b)]

@@ -27,11 +27,11 @@ from invrecon.metrics.summary import describe, summarise
 METHODS: dict[str, Method] = {
     "FBP": FBP(),
     "TV": TotalVariation(),
-    "patch": ProximalDiffusion(),
-    "whole": ProximalDiffusion(),
-    "annealed": AnnealedPnPADMM(),  # with the patch prior, too
+    "patch": AnnealedPnPADMM(),
+    "whole": AnnealedPnPADMM(),
+    "proximal": ProximalDiffusion(),  # with the patch prior, too
 }
-PAIRS = (("patch", "TV"), ("patch", "whole"), ("annealed", "TV"), ("annealed", "patch"))
+PAIRS = (("patch", "TV"), ("patch", "whole"), ("patch", "proximal"))
 AIMS = {"20-clean": 4.0, "60-clean": 5.0, "20-noisy": 3.5, "60-noisy": 3.5}  # over TV, at least [dB]
 
 
@@ -95,7 +95,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--figure", type=Path, help="PNG of one slice by all methods")
     parser.add_argument("--figure-slice", type=int, default=50)
     options = parser.parse_args(args)
-    priors = {"patch": options.prior, "whole": options.whole, "annealed": options.prior}
+    priors = {"patch": options.prior, "whole": options.whole, "proximal": options.prior}
     for label in (name for name in priors if name in options.methods):
         _common.weights_hash(priors[label])  # a missing prior is noticed now, not after an hour
     bench = Bench(_common.start(options, "reconstruction"), options.size)

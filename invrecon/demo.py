@@ -19,7 +19,7 @@ from invrecon.data.cases import CaseBatch
 from invrecon.data.reconstruction import ReconstructionData
 from invrecon.errors import InputError
 from invrecon.files import write_csv, write_json
-from invrecon.methods import FBP, Method, ProximalDiffusion, TotalVariation
+from invrecon.methods import FBP, AnnealedPnPADMM, Method, TotalVariation
 from invrecon.metrics.image import body_mask, masked_psnr, psnr, ssim
 from invrecon.metrics.mri import relative_magnitudes
 from invrecon.metrics.summary import format_table, summarise_by
@@ -31,7 +31,7 @@ from invrecon.rng import make_generators
 from invrecon.shared import find_shared
 
 VIEWS = (20, 60)
-METHODS: dict[str, Method] = {"FBP": FBP(), "TV": TotalVariation(), "Patch diffusion": ProximalDiffusion()}
+METHODS: dict[str, Method] = {"FBP": FBP(), "TV": TotalVariation(), "Patch diffusion": AnnealedPnPADMM()}
 
 
 def reconstruct(

@@ -141,7 +141,12 @@ SPACES: dict[str, Space] = {
     "WaveletL1": {"weight": LogUniform(1e-7, 1e-2), "noise_weight": LogUniform(3e-3, 1.0)},
     "CGSENSE": {"lam": LogUniform(1e-5, 1.0)},
     "SIRT": {"num_iterations": Integers(5, 1000, LogUniform), "discrepancy": Uniform(0.0, 1.5)},
-    "AnnealedPnPADMM": {"sigma": LogUniform(1e-3, 0.03), "sigma_max": LogUniform(0.03, 0.5), "max_weight": _CAP},
+    "AnnealedPnPADMM": {
+        "sigma_min": LogUniform(1e-3, 0.03),
+        "sigma_max": LogUniform(0.03, 1.0),
+        "max_weight": _CAP,
+        "noise_factor": LogUniform(0.3, 20.0),
+    },
     "PnPADMM": {"sigma": LogUniform(3e-3, 0.3), "max_weight": _CAP},
     "RED": {"sigma": LogUniform(3e-3, 0.3), "max_weight": _CAP},
     "ProximalDiffusion": {
@@ -177,6 +182,7 @@ ONLY_WITH_NOISE = {
     ("WaveletL1", "noise_weight"),
     ("SIRT", "discrepancy"),
     ("ProximalDiffusion", "noise_factor"),
+    ("AnnealedPnPADMM", "noise_factor"),
     ("PiGDM", "prior_std"),
     ("DDS", "prior_std"),
     ("DiffPIR", "weight"),

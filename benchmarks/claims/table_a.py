@@ -13,13 +13,13 @@ from benchmarks._common import Setting
 from benchmarks._methods import find_methods, shorten, starts_from_noise, warm
 from benchmarks.claims._compare import Claim, Comparison, decibels, lead, minus
 from benchmarks.claims._recipes import CHEAP, SLOW, Recipe
-from invrecon.methods import Method, PaDISNormalised, ProximalDiffusion
+from invrecon.methods import AnnealedPnPADMM, Method, PaDISNormalised, ProximalDiffusion
 
 EVALUATIONS = 50
 START, FEW_VIEWS_START = 0.1, 0.3  # first level of warm starts; from 8 views the direct inverse is further off
 AVERAGE = {"class": "OverlapAverage", "stride": 48}
 STITCHED = {"class": "Stitched", "margin": 4}
-DEFAULT, PADIS, WHOLE, TV, BASELINE = "ProximalDiffusion", "PaDIS", "PaDIS-whole", "TotalVariation", "FBP"
+DEFAULT, PADIS, WHOLE, TV, BASELINE = "AnnealedPnPADMM", "PaDIS", "PaDIS-whole", "TotalVariation", "FBP"
 FULL = "PaDIS-full"  # as published
 WITHOUT_LEVELS = ("FBP", "TotalVariation", "PnPADMM", "RED")  # rows that have no ladder of levels to shorten
 DRUNET = "drunet_ct"
@@ -64,7 +64,8 @@ class MethodsTable(Comparison):
                 rows[f"{name}-warm"] = replace(recipe, title=f"{name}, warm start", method=started)
             if not (noise and slow):
                 rows[name] = replace(recipe, tier=SLOW, few=True) if noise else recipe
-        rows[f"{DEFAULT}-whole"] = replace(rows[DEFAULT], title=f"{DEFAULT}, whole-image prior", prior="whole_ct")
+        for name in (DEFAULT, "ProximalDiffusion"):
+            rows[f"{name}-whole"] = replace(rows[name], title=f"{name}, whole-image prior", prior="whole_ct")
         # The talk's rows under one sampler: normalised DPS from a warm start, PaDIS as it converges in few evaluations.
         padis = rows.pop("PaDISNormalised-warm")
         rows[PADIS] = replace(padis, title="PaDIS (DPS, patch prior), warm start")
@@ -82,6 +83,8 @@ class MethodsTable(Comparison):
         schedule = getattr(method, "schedule", None)
         if setting.name != "8-clean" or schedule is None or schedule.sigma_max != START:
             return method
+        if isinstance(method, AnnealedPnPADMM):
+            return AnnealedPnPADMM(sigma_max=FEW_VIEWS_START)
         if isinstance(method, ProximalDiffusion):
             method = copy.copy(method)
             method.schedule = copy.copy(schedule)

@@ -126,10 +126,14 @@ class ProximalConditioning(Conditioning):
         def conditional(
             x: Tensor, sigma: float | Tensor, *, generators: Sequence[torch.Generator] | None = None
         ) -> Tensor:
-            denoised = prior(x, sigma, generators=generators)
-            return operator.prox(denoised, y, self.weight(sigma, std, norm, x), max_iter=self.num_iterations)
+            point = self.anchor(x, prior(x, sigma, generators=generators))
+            return operator.prox(point, y, self.weight(sigma, std, norm, x), max_iter=self.num_iterations)
 
         return conditional
+
+    def anchor(self, x: Tensor, denoised: Tensor) -> Tensor:
+        """Returns the image that is pulled towards the data: the denoised one."""
+        return denoised
 
     def weight(self, sigma: float | Tensor, std: Tensor | None, norm: float, like: Tensor) -> Tensor:
         """Returns `gamma` of every sample, `(B,)`.
@@ -144,6 +148,21 @@ class ProximalConditioning(Conditioning):
         if std is None:
             return torch.full(like.shape[:1], cap, dtype=like.dtype, device=like.device)
         return (self.noise_factor * (sigma / std.to(like)) ** 2).clamp(max=cap).expand(like.shape[0])
+
+
+class ReflectedConditioning(ProximalConditioning):
+    """Pulls the reflection of the state at the denoised image towards the data, `x0 = prox(2 D - x)`.
+
+    With `DouglasRachford` for a transition this is ADMM: the state is image and scaled dual variable in one.
+
+    Source: Eckstein & Bertsekas, "On the Douglas-Rachford splitting method and the proximal point algorithm for maximal
+    monotone operators", Math. Program. 55, 1992; Venkatakrishnan, Bouman & Wohlberg, GlobalSIP 2013, for the denoiser
+    in place of a proximal map. Weight and CG are those of `ProximalConditioning`.
+    """
+
+    def anchor(self, x: Tensor, denoised: Tensor) -> Tensor:
+        """Returns `2 D - x`."""
+        return 2 * denoised - x
 
 
 class DPSConditioning(Conditioning):

@@ -168,6 +168,58 @@ class AcceleratedRenoise(Transition):
         return x_next + self.noise * sigma_next * randn(x.shape[1:], generators, x)
 
 
+class DouglasRachford(Transition):
+    """The step of ADMM in the one state `v`, which holds image and dual variable: `v' = v + relaxation (x0 - D(v))`.
+
+    Asks for the reflected data step, `x0 = prox(2 D(v) - v)` (`ReflectedConditioning`). At the end it returns the mean
+    of the denoised images `D(v)` since the level last changed: at a fixed point they are `x0`, before it they hold less
+    of the data's noise, and the mean evens out what a patch prior's grids leave.
+
+    Source: Eckstein & Bertsekas, "On the Douglas-Rachford splitting method and the proximal point algorithm for maximal
+    monotone operators", Math. Program. 55, 1992, Sec. 5 (relaxation, generalised ADMM).
+
+    Args:
+        relaxation: Length of a step, above 0 and below 2; 1 is plain ADMM.
+
+    Raises:
+        InputError: Another length; or, when called, no measurement: samples of a prior alone need another transition.
+    """
+
+    def __init__(self, relaxation: float = 1.0) -> None:
+        if not 0 < relaxation < 2:
+            raise InputError(f"relaxation is {relaxation}, but the step of ADMM converges above 0 and below 2.")
+        self.relaxation = float(relaxation)
+        self._denoised: Denoised | None = None
+        self._level, self._num = math.nan, 0
+        self._mean: Tensor | None = None
+
+    def bind(self, denoised: Denoised, operator: LinearOperator, y: Tensor) -> DouglasRachford:
+        """Returns a copy that knows the denoised state."""
+        clone = DouglasRachford(self.relaxation)
+        clone._denoised = denoised
+        return clone
+
+    def begin(self) -> DouglasRachford:
+        """Returns a copy that has averaged nothing."""
+        clone = DouglasRachford(self.relaxation)
+        clone._denoised = self._denoised
+        return clone
+
+    def __call__(
+        self, x: Tensor, x0: Tensor, sigma: float, sigma_next: float, generators: Sequence[torch.Generator]
+    ) -> Tensor:
+        """Returns the next state, or the mean of the denoised ones with `sigma_next = 0`."""
+        if self._denoised is None:
+            raise InputError("DouglasRachford is the step of a reconstruction: without data take DDIM or Langevin.")
+        denoised = self._denoised(x, sigma)
+        if self._mean is None or sigma != self._level:
+            self._level, self._num, self._mean = sigma, 1, denoised
+        else:
+            self._num += 1
+            self._mean = self._mean + (denoised - self._mean) / self._num
+        return self._mean if sigma_next == 0 else x + self.relaxation * (x0 - denoised)
+
+
 class Langevin(Transition):
     """One step of annealed Langevin dynamics with step `alpha = epsilon sigma^2`, staying at its level.
 

@@ -70,8 +70,8 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     methods = {
         "FBP": reconstruction.FBP(),
         "TV": reconstruction.TotalVariation(num_iterations=25),
-        "patch": reconstruction.ProximalDiffusion(num_levels=3),
-        "whole": reconstruction.ProximalDiffusion(num_levels=3),
+        "patch": reconstruction.AnnealedPnPADMM(num_levels=3),
+        "whole": reconstruction.AnnealedPnPADMM(num_levels=3),
     }
     monkeypatch.setattr(reconstruction, "METHODS", methods)
 

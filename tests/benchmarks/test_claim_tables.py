@@ -75,7 +75,7 @@ def test_the_lead_is_over_the_best_other_row() -> None:
 
 
 def test_claims_of_methods() -> None:
-    psnr = {"PaDIS": 33, "PaDIS-whole": 32, "VEDDNM-warm": 36, "FBP": 28, "TotalVariation": 30, "ProximalDiffusion": 37,
+    psnr = {"PaDIS": 33, "PaDIS-whole": 32, "VEDDNM-warm": 36, "FBP": 28, "TotalVariation": 30, "AnnealedPnPADMM": 37,
             "LangevinDirect-warm": 33.02}  # fmt: skip
     found = {key: around(value, 0.2 * (key == "PaDIS")) for key, value in psnr.items()}
     verdicts = outcomes(table_a.MethodsTable, "20-clean", found)
@@ -106,7 +106,7 @@ def test_every_method_is_in_the_table_at_an_equal_number_of_evaluations() -> Non
     assert {key for key, _ in table_a.OTHERS.values()} <= recipes.keys()
     table = table_a.MethodsTable.__new__(table_a.MethodsTable)
     table.recipes = recipes
-    for key in ("PaDIS", "ProximalDiffusion", "DDS-warm"):
+    for key in ("PaDIS", "AnnealedPnPADMM", "ProximalDiffusion", "DDS-warm"):
         assert table.method(key, PROBLEMS["20-clean"]).schedule.sigma_max == 0.1
         few = table.method(key, PROBLEMS["8-clean"])
         assert few.schedule.sigma_max == 0.3 and type(few) is type(recipes[key].method)

@@ -58,7 +58,7 @@ def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(command: str, config: str, scans: Path, output: Path, *more: object, paths: object = None) -> list[str]:
     file = f"--model.prior={scans / 'prior.safetensors'}"
-    own = {"udig_dip_mri": (file, "--data.slices=null"), "annealed_mri": (file, "--model.method.num_iterations=3")}
+    own = {"udig_dip_mri": (file, "--data.slices=null"), "annealed_mri": (file, "--model.method.num_levels=3")}
     prior = {**own, **dict.fromkeys(("recon_mri", "tta_mri"), (file, *FAST))}.get(config, ())
     args = [command, "--config", f"{config}.yaml", "--data.paths", paths or scans / "brain.h5", "--output", output]
     args += [f"--model.operator.size={SIZE}", f"--data.size={SIZE}", *SAMPLED, *ESTIMATED, *prior, *QUIET, *more]

@@ -51,7 +51,7 @@ def test_a_row_a_slice(results: dict[str, Path]) -> None:
     numbers = {"a": range(4), "b": range(3), "c": range(3)}
     assert [(row["case"], int(row["slice"])) for row in rows] == [(c, i) for c in numbers for i in numbers[c]]
     assert all(row["patient"] == f"patient-{row['case']}" for row in rows)
-    assert all(row["method"] == "ProximalDiffusion" and float(row["num_evaluations"]) == 2 for row in rows)
+    assert all(row["method"] == "AnnealedPnPADMM" and float(row["num_evaluations"]) == 2 for row in rows)
     assert all(float(row[name]) > 0 for row in rows for name in COLUMNS[4:-1])
     assert all(row["seed"] == "0" for row in rows)
 
@@ -121,7 +121,7 @@ def test_the_report_stands_alone(results: dict[str, Path]) -> None:
     sources = re.findall(r"<(?:img|script|link|iframe)[^>]*?(?:src|href)=\"([^\"]+)", page)
     assert sources and all(source.startswith("data:") for source in sources)
     assert not re.search(r"url\((?!['\"]?data:)", page) and "@import" not in page
-    for word in ("ProximalDiffusion", "ParallelBeamCT", "RelativeGaussianNoise", "patient-a", "recon_ct.yaml"):
+    for word in ("AnnealedPnPADMM", "ParallelBeamCT", "RelativeGaussianNoise", "patient-a", "recon_ct.yaml"):
         assert word in page
 
 

@@ -127,7 +127,10 @@ BANDS = {
     "PaDISNormalised": Band(0.1, (0.9, 1.45), (0.85, 1.4), knobs=dict(num_levels=50, num_inner=5)),
     # A fixed point, and so no spread: the posterior's mean at any level, and a high one is fast here.
     "PnPADMM": Band(0.01, (0.0, 0.01), (0.0, 0.01), knobs=dict(sigma=1.0)),
-    "AnnealedPnPADMM": Band(0.01, (0.0, 0.01), (0.0, 0.01), knobs=dict(sigma=1.0, sigma_max=2.0, num_iterations=100)),
+    "AnnealedPnPADMM": Band(
+        *(0.01, (0.0, 0.01), (0.0, 0.01)),
+        knobs=dict(sigma_min=1.0, sigma_max=2.0, num_levels=100, noise_factor=1.0),
+    ),
     # The same of a prior that is blurred by sigma.
     "RED": Band(0.05, (0.0, 0.01), (0.0, 0.01), knobs=dict(sigma=0.3)),
 }
