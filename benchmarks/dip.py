@@ -60,7 +60,7 @@ FITS: dict[str, type[NetworkFit]] = {
     "udig-patch": UDiGDIP,
     "udig-whole": UDiGDIP,
 }
-ROWS = ("direct", "tv", *FITS, "patch")  # the last is the default sampler
+ROWS = ("direct", "tv", *FITS, "patch")  # the last is `ProximalDiffusion` with the patch prior
 PRIORS = {f"{anatomy}-{kind}": f"{kind}_{anatomy}" for anatomy in ("ct", "mri") for kind in ("patch", "whole")}
 PAIRS = (
     ("udig-patch", "dip"),

@@ -59,7 +59,7 @@ class PatchSizesTable(Comparison):
         return (
             f"Small networks ({school.base_channels} base channels), one a size, each trained on "
             f"{school.num_pixels / 1e6:.1f} million pixels (to 1 %) of the same 413 slices; patches of smaller sizes "
-            "are learned beside the largest, as published. All run under the default sampler with its settings, which "
+            "are learned beside the largest, as published. All run under `ProximalDiffusion` with its settings, which "
             "were chosen with the shipped prior of 56 pixels."
         )
 

@@ -12,7 +12,7 @@ from invrecon.methods import DDS, ProximalDiffusion
 
 # Sampler -> what it is, and with - without positions [dB]: of the talk on PaDIS, of an independent reproduction.
 SAMPLERS = {
-    "ours": ("default sampler, from the direct inverse", 33.57 - 24.51, 32.82 - 32.52),
+    "ours": ("ProximalDiffusion, from the direct inverse", 33.57 - 24.51, 32.82 - 32.52),
     "dps": ("DPS, from the direct inverse", 33.57 - 24.51, 32.82 - 32.52),
     "noise": ("DDS, from noise", 33.57 - 23.25, 32.82 - 32.42),
 }

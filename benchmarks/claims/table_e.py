@@ -69,7 +69,7 @@ class TrainingSetsTable(Comparison):
             f"Small networks ({school.base_channels} base channels), each trained on {school.num_pixels / 1e6:.1f} "
             "million pixels (to 1 %), patches of 56 pixels or whole images; smaller sets are part of larger ones. One "
             f"validation patient of 30 slices is kept out, so that {ALL} of the 443 slices is all there is. All run "
-            "under the default sampler."
+            "under `ProximalDiffusion`."
         )
 
     def captions(self) -> dict[str, str]:

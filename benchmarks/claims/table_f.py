@@ -1,4 +1,4 @@
-"""Table (f): schedules, data steps and shifts per evaluation, each varied around the default sampler."""
+"""Table (f): schedules, data steps and shifts per evaluation, each varied around `ProximalDiffusion`."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ FLOORS = {"norm": "1.9 % (an independent reproduction)", "squared": "3.1 to 3.7 
 
 
 def make(schedule: Schedule, conditioning: Conditioning | None = None, start: Start | None = None) -> Sampler:
-    """Returns the default sampler with another schedule, data step or start."""
+    """Returns `ProximalDiffusion` with another schedule, data step or start."""
     step = ProximalConditioning(10, 1000.0, 5.0) if conditioning is None else conditioning
     return Sampler(schedule, step, AcceleratedRenoise(), NoisyEstimateStart() if start is None else start)
 
 
 def karras(num_levels: int = LEVELS, sigma_max: float = HIGH) -> KarrasSchedule:
-    """Returns the default sampler's levels."""
+    """Returns the levels of `ProximalDiffusion`."""
     return KarrasSchedule(num_levels, sigma_max, LOW)
 
 
@@ -69,7 +69,7 @@ class ChoicesTable(Comparison):
     letter, title = "f", "Schedules, data steps, shifts per evaluation"
     problems = ("20-clean",)
     reference = "default"
-    figure = "Every choice against the default sampler"
+    figure = "Every choice against ProximalDiffusion"
 
     @classmethod
     def list_recipes(cls) -> dict[str, Recipe]:
@@ -111,7 +111,7 @@ class ChoicesTable(Comparison):
         """Yields what is said of schedules, data steps and shifts."""
         yield Claim("Levels of EDM (Karras) are better than geometric ones", minus("default", "geometric"))
         yield Claim("A warm start is better than noise, at as many evaluations", minus("default", "from-noise"))
-        yield Claim("Twice as many levels improve the default sampler", minus(f"levels-{2 * LEVELS}", "default"))
+        yield Claim("Twice as many levels improve ProximalDiffusion", minus(f"levels-{2 * LEVELS}", "default"))
         for key in GRADIENTS:
             title = GRADIENTS[key][0]
             text = f"CG with renoising is better than the {title} with Langevin steps, at as many evaluations"
@@ -139,7 +139,7 @@ class ChoicesTable(Comparison):
     def explain(self) -> str:
         """Returns what the rows are."""
         return (
-            "Rows are the default sampler but for what their title says, with the shipped prior `patch_ct`; the "
+            "Rows are `ProximalDiffusion` but for what their title says, with the shipped prior `patch_ct`; the "
             "data steps by a gradient through the network stand with Langevin steps, as published, at as many "
             "evaluations and from the same start: what CG gains over them is in part the transition's. Whether a step "
             f"stalls is a question of many more updates than {LEVELS}; the rows say where it is after those. A row "
