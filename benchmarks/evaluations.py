@@ -1,8 +1,8 @@
-"""What an evaluation buys: quality of the fast sampler against its number of denoiser evaluations.
+"""What an evaluation buys: quality of the default method against its number of denoiser evaluations.
 
     python -m benchmarks.evaluations --json evaluations.json [--evaluations 10 20 50 100] [--only 20-clean 60-clean]
 
-The last line of a setting is the mean of four posterior samples, at four times the cost.
+The last line of a setting is the mean of four runs, which differ by the patch prior's shifts, at four times the cost.
 """
 
 from __future__ import annotations

@@ -195,14 +195,15 @@ class DouglasRachford(Transition):
 
     def bind(self, denoised: Denoised, operator: LinearOperator, y: Tensor) -> DouglasRachford:
         """Returns a copy that knows the denoised state."""
-        clone = DouglasRachford(self.relaxation)
-        clone._denoised = denoised
-        return clone
+        return self._fresh(denoised)
 
     def begin(self) -> DouglasRachford:
         """Returns a copy that has averaged nothing."""
+        return self._fresh(self._denoised)
+
+    def _fresh(self, denoised: Denoised | None) -> DouglasRachford:
         clone = DouglasRachford(self.relaxation)
-        clone._denoised = self._denoised
+        clone._denoised = denoised
         return clone
 
     def __call__(

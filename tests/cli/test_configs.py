@@ -110,7 +110,7 @@ def test_a_prior_is_trained_validated_and_used(
     steps = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
     assert steps == 4
 
-    if config in ("patch_ct", "patch_rgb"):
+    if config in ("patch_ct", "patch_rgb"):  # one loop for all: once for scans, once for photographs
         invrecon(command)  # finished: exports the same weights again
         again = load_file(run / "prior.safetensors")
         assert all(torch.equal(prior[key], again[key]) for key in prior)
