@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks._record import Row
+from invrecon.allocator import keep_freed_memory
 from invrecon.errors import InputError
 from invrecon.precision import has_bfloat16
 
@@ -34,8 +35,9 @@ def synchronize() -> None:
 
 
 def machine(threads: int, device: torch.device = CPU) -> dict[str, Any]:
-    """Sets the number of threads; returns what a reader needs to judge the times."""
+    """Sets the number of threads and how memory is kept; returns what a reader needs to judge the times."""
     torch.set_num_threads(threads)
+    keep_freed_memory()
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

@@ -39,6 +39,7 @@ from invrecon.adapt.base import Adaptation
 from invrecon.adapt.losses import SelfSupervisedLoss
 from invrecon.adapt.stopping import HeldOutViews
 from invrecon.adapt.trainable import Trainable
+from invrecon.allocator import keep_freed_memory
 from invrecon.discovery import reach_named_files
 from invrecon.errors import InputError
 from invrecon.precision import training_precision
@@ -382,6 +383,7 @@ def main(args: list[str] | None = None) -> InvreconCLI | None:
 
         tune(args[1:], main)
         return None
+    keep_freed_memory()
     InvreconCLI.command = ["invrecon", *args]
     args = spell_slices(resolve_configs(args))
     reach_named_files(args)

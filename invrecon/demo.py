@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from invrecon.allocator import keep_freed_memory
 from invrecon.data.cases import CaseBatch
 from invrecon.data.reconstruction import ReconstructionData
 from invrecon.errors import InputError
@@ -197,6 +198,7 @@ def command_line(
     parser.add_argument("--prior", default=defaults["prior"], help="prior file, or the name of a shipped one")
     parser.add_argument("--slices", default=defaults["slices"], help="slices of the shipped volume, e.g. 0:4")
     options = parser.parse_args(args)
+    keep_freed_memory()
     try:
         summary = run(options.output, options.prior, options.slices)
     except InputError as error:

@@ -226,7 +226,7 @@ class PatchPrior(Prior):
     """
 
     def __init__(
-        self, denoiser: EDMDenoiser, patch_size: int = 56, max_patches: int = 64, layout: Layout | None = None
+        self, denoiser: EDMDenoiser, patch_size: int = 56, max_patches: int = 32, layout: Layout | None = None
     ) -> None:
         super().__init__()
         self.layout = RandomShift() if layout is None else layout
