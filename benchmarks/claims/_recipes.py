@@ -18,6 +18,7 @@ from invrecon.methods import (
     Method,
     NoisyEstimateStart,
     NormalisedGuidance,
+    ProximalDiffusion,
     Sampler,
     TotalVariation,
 )
@@ -76,8 +77,13 @@ def for_whole(em: Adaptation) -> Adaptation:
 
 
 def recipes() -> dict[str, Recipe]:
-    """Returns the rows by their keys: our sampler and ellipse priors, unless the title says otherwise."""
-    ours, em = load_recipe("tta_ct")
+    """Returns the rows by their keys: `ProximalDiffusion` and ellipse priors, unless the title says otherwise.
+
+    Keys that end with `-admm` have the method of `tta_ct.yaml` in its place, in the E-steps of EM as well.
+    """
+    admm, em_admm = load_recipe("tta_ct")
+    ours, em = ProximalDiffusion(), copy.copy(em_admm)
+    em.expectation = ProximalDiffusion(num_levels=10, sigma_max=0.05)  # type: ignore[attr-defined]
     rows = {
         "fbp": Recipe("FBP", FBP()),
         "tv": Recipe("TV", TotalVariation()),
@@ -88,11 +94,18 @@ def recipes() -> dict[str, Recipe]:
         "patch-em": Recipe("patch + EM", ours, "patch_ellipses", em, "patch", EM),
         "whole-em": Recipe("whole + EM", ours, "whole_ellipses", for_whole(em), "whole", EM, few=True),
         "patch-ct-em": Recipe("patch + EM, in distribution", ours, "patch_ct", em, "patch-ct", EM, few=True),
-    }
-    if em.held_out is None:  # else those rows stop by themselves
-        stopped = copy.copy(em)
-        stopped.held_out = HeldOutRays()
-        for key in ("patch-em", "patch-ct-em"):
+        "patch-admm": Recipe("patch, ADMM", admm, "patch_ellipses"),
+        "whole-admm": Recipe("whole, ADMM", admm, "whole_ellipses"),
+        "patch-ct-admm": Recipe("patch, in distribution, ADMM", admm, "patch_ct"),
+        "patch-em-admm": Recipe("patch + EM, ADMM", admm, "patch_ellipses", em_admm, "patch-admm", EM),
+        "whole-em-admm": Recipe("whole + EM, ADMM", admm, "whole_ellipses", for_whole(em_admm), "whole-admm", EM, True),
+        "patch-ct-em-admm": Recipe("patch + EM, in distribution, ADMM", admm, "patch_ct", em_admm, "patch-ct-admm", EM,
+                                   few=True),
+    }  # fmt: skip
+    for key in ("patch-em", "patch-ct-em", "patch-em-admm", "patch-ct-em-admm"):
+        stopped = copy.copy(rows[key].adaptation)
+        if stopped.held_out is None:  # type: ignore[union-attr]  # else those rows stop by themselves
+            stopped.held_out = HeldOutRays()  # type: ignore[union-attr]
             title = rows[key].title.replace("EM", "EM, stopped by held-out rays")
             rows[f"{key}-stop"] = replace(rows[key], title=title, adaptation=stopped, few=True)
     for kind in ("patch", "whole"):

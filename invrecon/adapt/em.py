@@ -24,7 +24,8 @@ from invrecon.adapt.stopping import Discrepancy, HeldOutViews, held_out_losses, 
 from invrecon.adapt.trainable import AllWeights, Trainable, adapted_copy, movement, num_parameters
 from invrecon.errors import InputError
 from invrecon.methods.base import Estimate
-from invrecon.methods.sampling import ProximalDiffusion, Sampler
+from invrecon.methods.plugandplay import AnnealedPnPADMM
+from invrecon.methods.sampling import Sampler
 from invrecon.methods.start import GivenStart
 from invrecon.methods.stopping import measured, restrict_to
 from invrecon.priors.patch import PatchPrior, WholePrior
@@ -64,7 +65,7 @@ class ExpectationMaximisation(Adaptation):
         sigma_min: Lowest noise level that is learned, log-uniformly.
         sigma_max: Highest.
         ema: Decay of the average of the weights over steps that reconstructs and is kept; 0 takes the last weights.
-        expectation: The sampler of the E-step; ten levels of our fast one if None.
+        expectation: The sampler of the E-step; ten levels of `AnnealedPnPADMM` from 0.05 if None.
         trainable: What adapts; all weights by default.
         held_out: Rays or views that the rounds do not see, the same in all of them as each goes on from the last
             estimate. The last round is kept that does not predict them significantly worse than the best
@@ -103,7 +104,7 @@ class ExpectationMaximisation(Adaptation):
         if not data_weight >= 0:
             raise InputError(f"ExpectationMaximisation: data_weight is {data_weight}, but it must not be negative.")
         self._chosen = expectation is not None  # what the user has chosen is taken as it is
-        self.expectation = ProximalDiffusion(num_levels=10, sigma_max=0.05) if expectation is None else expectation
+        self.expectation = AnnealedPnPADMM(num_levels=10, sigma_max=0.05) if expectation is None else expectation
         self.trainable = AllWeights() if trainable is None else trainable
         self.held_out = held_out
         self.data_weight = float(data_weight)
