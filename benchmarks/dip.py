@@ -144,7 +144,7 @@ class Tables:
         makers: dict[str, Callable[[], Method]] = {
             "direct": partial(FBP, clip=None) if is_mri else FBP,
             "tv": partial(mri.classical, "tv", mri.WEIGHTS["tv"]) if is_mri else TotalVariation,
-            "patch": partial(mri.load_method, "recon_mri") if is_mri else ProximalDiffusion,
+            "patch": mri.proximal_diffusion if is_mri else ProximalDiffusion,
         }
         if self.widths is not None:
             knobs = {"network": DIPUNet(self.widths)} | knobs

@@ -13,7 +13,7 @@ from invrecon.data.kspace import MAGNITUDE
 from invrecon.data.mri import MRIData
 from invrecon.demo import command_line, one_batch, open_prior, reconstruct, write_results
 from invrecon.errors import InputError
-from invrecon.methods import FBP, Method, ProximalDiffusion, TotalVariation, WaveletL1
+from invrecon.methods import FBP, AnnealedPnPADMM, Method, TotalVariation, WaveletL1
 from invrecon.metrics.mri import magnitude, phase
 from invrecon.operators import CartesianMRI, EquispacedLines, SNRNoise
 from invrecon.priors.weights import file_hash
@@ -25,7 +25,7 @@ METHODS: dict[str, Method] = {  # as in zero_filled_mri, tv_mri, wavelet_mri and
     "Zero-filled": FBP(clip=None),
     "TV": TotalVariation(weight=1e-3, bounds=(-4.0, 4.0)),
     "Wavelet l1": WaveletL1(weight=1e-3, num_iterations=100, clip=None),
-    "Patch diffusion": ProximalDiffusion(cg_iterations=20, clip=None),
+    "Patch diffusion": AnnealedPnPADMM(sigma_max=0.2, sigma_min=0.03, clip=None),
 }
 
 

@@ -114,8 +114,8 @@ method of `tta_ct.yaml`, in the E-steps, too; *in distribution* is a prior of ch
 recipe's configuration (`patch_ss_ct.yaml`, `whole_ss_ct.yaml`, `scd_ct.yaml`, `ddip_ct.yaml`), and *...'s sampler* is
 the same without updates of the network: what a learning rate of zero gives, noise and output taken from where the
 recipe takes them. *SS* is the published self-supervision, *EM*
-expectation maximisation on the one measurement (of whole images by fewer, larger steps). *DPS* is PaDIS's data step
-and transition with {dps} evaluations from the start of `ProximalDiffusion`, where 1000 from white noise were published: a
+expectation maximisation on the one measurement (of whole images by fewer, larger steps). *DPS* is PaDIS's data step and
+transition with {dps} evaluations from the start of `ProximalDiffusion`, where 1000 from white noise were published: a
 converged one may be better, and what is gained over it less. Recipes with few slices are too expensive for all;
 differences are paired over the slices that both rows have. A claim *holds* or *does not hold* if the whole 95 %
 interval is on one side of its limit, and is *undecided* otherwise. What stopping loses is against the best of the

@@ -55,9 +55,9 @@ def tiny(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(mri, "ITERATIONS", {"tv": 25})
     methods = {
         "udig_dip_mri": UDiGDIP(Purification(num_levels=2)),
-        "recon_mri": ProximalDiffusion(num_levels=2, clip=None),
     }
     monkeypatch.setattr(mri, "load_method", methods.__getitem__)
+    monkeypatch.setattr(mri, "ProximalDiffusion", partial(ProximalDiffusion, num_levels=2))
     monkeypatch.setattr(dip, "ProximalDiffusion", partial(ProximalDiffusion, num_levels=2))
     monkeypatch.setattr(dip, "TotalVariation", partial(TotalVariation, num_iterations=25))
     for known in (dip.SETTINGS, dip.TUNING):

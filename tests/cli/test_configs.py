@@ -64,7 +64,6 @@ RECONSTRUCTION = {
 GENERATION = ("generate_ct",)
 MRI = (
     "recon_mri",
-    "annealed_mri",
     "patch_mri",
     "whole_mri",
     "zero_filled_mri",

@@ -58,7 +58,7 @@ def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(command: str, config: str, scans: Path, output: Path, *more: object, paths: object = None) -> list[str]:
     file = f"--model.prior={scans / 'prior.safetensors'}"
-    own = {"udig_dip_mri": (file, "--data.slices=null"), "annealed_mri": (file, "--model.method.num_levels=3")}
+    own = {"udig_dip_mri": (file, "--data.slices=null")}
     prior = {**own, **dict.fromkeys(("recon_mri", "tta_mri"), (file, *FAST))}.get(config, ())
     args = [command, "--config", f"{config}.yaml", "--data.paths", paths or scans / "brain.h5", "--output", output]
     args += [f"--model.operator.size={SIZE}", f"--data.size={SIZE}", *SAMPLED, *ESTIMATED, *prior, *QUIET, *more]
@@ -232,10 +232,9 @@ def test_numbers_do_not_depend_on_the_batch(
     assert np.allclose(alone, together, atol=1e-4 * UNIT)
 
 
-@pytest.mark.parametrize("config", [*CLASSICAL, "annealed_mri"])
+@pytest.mark.parametrize("config", CLASSICAL)
 def test_methods_that_do_not_sample(config: str, invrecon: Callable[..., Any], scans: Path, tmp_path: Path) -> None:
-    more = CLASSICAL.get(config, ())
-    invrecon(arguments("predict", config, scans, tmp_path, "--model.num_figures=0", *more))
+    invrecon(arguments("predict", config, scans, tmp_path, "--model.num_figures=0", *CLASSICAL[config]))
     assert all(float(row["psnr"]) > 10 for row in rows_of(tmp_path))
     phase = read(tmp_path / "brain.h5", "phase")
     assert phase.min() < -1 and phase.max() > 1  # nothing was clipped to positive values
