@@ -382,7 +382,7 @@ def make_parser(doc: str | None, device: bool = True) -> argparse.ArgumentParser
 def make_quality_parser(doc: str | None, slices: str) -> argparse.ArgumentParser:
     """Returns a parser with the options of benchmarks that reconstruct."""
     parser = make_parser(doc)
-    parser.add_argument("--prior", default="patch_ct", help="patch prior: a file, or the name of a shipped one")
+    parser.add_argument("--prior", default="patch_ct_fine", help="patch prior: a file, or the name of a shipped one")
     parser.add_argument("--slices", default=slices, help=f"slices, as of `invrecon test` (default {slices})")
     parser.add_argument("--size", type=int, default=256, help="side of the reconstructed images")
     parser.add_argument("--batch-size", type=int, default=4)

@@ -55,7 +55,7 @@ def peak_memory(arguments: Sequence[str], threads: int) -> tuple[float, float]:
 
 def main(args: list[str] | None = None) -> None:
     parser = _common.make_parser(__doc__, device=False)
-    parser.add_argument("--prior", default="patch_ct", help="patch prior: a file, or the name of a shipped one")
+    parser.add_argument("--prior", default="patch_ct_fine", help="patch prior: a file, or the name of a shipped one")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--counts", type=int, nargs="+", default=[9, 99], help="numbers of slices, rising")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each count, of which the smallest peak counts")

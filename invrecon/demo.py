@@ -209,7 +209,7 @@ def command_line(
 
 def main(args: list[str] | None = None) -> None:
     """Parses the few options and runs."""
-    defaults = {"description": __doc__, "output": "outputs/demo", "prior": "patch_ct", "slices": "1:8:2"}
+    defaults = {"description": __doc__, "output": "outputs/demo", "prior": "patch_ct_fine", "slices": "1:8:2"}
     command_line(args, run, ("psnr", "ssim", "psnr_body", "seconds"), **defaults)
 
 
