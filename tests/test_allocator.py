@@ -33,11 +33,11 @@ def _run(how: str) -> tuple[str, int]:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has its own rules")
 def test_freed_memory_is_kept_for_the_next_feature_map():
-    """A network that has run before asks the system for hardly any page; without, for most of its feature maps."""
+    """A network that has run before asks the system for few pages; without, for those of most of its feature maps."""
     kept, few = _run("kept")
     _, many = _run("default")
     assert kept == "True"
-    assert few < 500 < many
+    assert few < many / 5  # the convolutions' own scratch memory, which differs with the processor, is left
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
