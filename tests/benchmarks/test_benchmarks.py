@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -266,7 +267,7 @@ def test_rows_outlive_the_machine_and_their_times_do_not_mix(folder: Path) -> No
 def test_a_machine_is_described_with_what_decides_its_speed() -> None:
     facts = _machine.machine(1)
     capability = torch.backends.cpu.get_cpu_capability()
-    assert f" ({capability}), 1 thread, torch " in _machine.describe_machine(facts)
+    assert re.search(rf" \({capability}(, bfloat16)?\), 1 thread, torch ", _machine.describe_machine(facts))
     gpu = {"processor": "NVIDIA H200", "threads": 1, "torch": "2", "python": "3", "device": "cuda"}
     assert _machine.describe_machine(gpu).startswith("NVIDIA H200, torch ")
     assert _common.Record(None, "x", facts).device.type == "cpu"
