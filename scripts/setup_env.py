@@ -28,7 +28,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PULLS_TORCHVISION = {"fastmri"}
 LEFT_OUT = {"torch", "torchvision"}  # torch is there already
 # What every command or test imports: compiled once here, and not by each process where Python writes no bytecode.
-IMPORTED = "invrecon.cli, invrecon.report.writer, matplotlib.pyplot, fastmri.data, torch.utils.tensorboard"
+# torch's part is compiled while pip installs the rest, the two others beside each other.
+TORCH = "torch, torch._dynamo, torch.distributed.fsdp, sympy"
+COMMANDS = "invrecon.cli, fastmri.data, torch.utils.tensorboard"
+FIGURES = "matplotlib.pyplot, scipy.ndimage, scipy.sparse.linalg, PIL.Image"
+TESTS = "pytest, xdist.plugin, hypothesis.extra.numpy, skimage.metrics, skimage.transform, pydicom, nibabel, nrrd"
 NOT_MALICIOUS = "pytorch-lightning!=2.6.2,!=2.6.3"  # the twins of the releases that pyproject.toml excludes
 
 
@@ -43,11 +47,16 @@ def pip(*args: str, quiet: bool = True, check: bool = True) -> bool:
     return code == 0
 
 
-def imports(modules: str, quiet: bool = True) -> bool:
-    """Returns whether a fresh interpreter can import the comma-separated `modules`, and leaves their bytecode."""
+def start_import(modules: str, quiet: bool = True) -> subprocess.Popen[bytes]:
+    """Starts a fresh interpreter that imports the comma-separated `modules` and leaves their bytecode."""
     command = [sys.executable, "-c", f"import {modules}"]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
-    return subprocess.run(command, stderr=subprocess.DEVNULL if quiet else None, env=environment).returncode == 0
+    return subprocess.Popen(command, stderr=subprocess.DEVNULL if quiet else None, env=environment)
+
+
+def imports(modules: str, quiet: bool = True) -> bool:
+    """Returns whether a fresh interpreter can import the comma-separated `modules`."""
+    return start_import(modules, quiet).wait() == 0
 
 
 def has_gpu() -> bool:
@@ -133,16 +142,15 @@ def main() -> None:
     print("installing into .venv (once; some minutes on a slow connection)", flush=True)
     install_torch(args.torch)
     print(f"torch {metadata.version('torch')} is there ({time.monotonic() - start:.0f} s)", flush=True)
+    compiling = start_import(TORCH)
     install_rest(args.extras)
     remove_broken_torchvision()
+    compiling.wait()
+    compiling = start_import(", ".join([FIGURES, *([TESTS] if "test" in args.extras else [])]))
     if not imports("torch, torchmetrics, lightning, h5py, invrecon", quiet=False):
         sys.exit("setup failed: all is installed but does not import: remove .venv and start again.")
-    imports(IMPORTED)
-    if "test" in args.extras:
-        imports(
-            "pytest, xdist.plugin, hypothesis.extra.numpy, skimage.metrics, skimage.transform, scipy.ndimage, pydicom"
-        )
-        imports("nibabel, nrrd")
+    imports(COMMANDS)
+    compiling.wait()
     print(f"ready after {time.monotonic() - start:.0f} s", flush=True)
 
 
