@@ -148,6 +148,7 @@ class Entry:
         suitability: What decides whether to adapt; None always adapts.
         layout: How patches cover an image, as of `make_layout`; None for the prior's own.
         weights: What stands for the weights in fingerprints; None for the hash of their file.
+        mirror: Whether evaluations are of the image or of its mirror image, at random; ignored where the prior adapts.
     """
 
     label: str
@@ -157,6 +158,7 @@ class Entry:
     suitability: SuitabilityTest | None = None
     layout: Mapping[str, Any] | None = None
     weights: str | None = None
+    mirror: bool = False
 
 
 @dataclass
@@ -194,7 +196,8 @@ class Bench:
         prior = entry.prior if entry.method.needs_prior else None
         shared = (setting.noise, prior, precision or self.precision, self.seed)
         if entry.adaptation is None:
-            task = self.reconstruction(operator, entry.method, *shared, layout=make_layout(entry.layout))
+            way = {"layout": make_layout(entry.layout), "mirror": entry.mirror}
+            task = self.reconstruction(operator, entry.method, *shared, **way)
         else:
             task = TestTimeAdaptation(operator, entry.method, entry.adaptation, *shared, suitability=entry.suitability)
         return task.to(self.record.device)
@@ -233,6 +236,7 @@ class Bench:
         adapts = {"adaptation": plain(entry.adaptation), "suitability": plain(entry.suitability)}
         more = {} if entry.adaptation is None else adapts
         more |= {} if entry.layout is None else {"layout": dict(entry.layout)}
+        more |= {"mirror": True} if entry.mirror else {}  # unsaid otherwise: rows of before have no such key
         more |= {"weights": entry.weights, "batch_size": len(batch)}
         identity = self.identity(setting, entry.method, entry.prior, batch.source[0], **more)
         return [f"{setting.name}/{entry.label}/{case}" for case in batch.id], identity

@@ -38,7 +38,8 @@ def main(args: list[str] | None = None) -> None:
         setting, rows = SETTINGS[name], dict[str, list[Row]]()
         for batch in _common.load_batches(HELD_OUT, options.slices, options.size, options.batch_size):
             for label, method in methods.items():
-                rows[label] = rows.get(label, []) + bench.rows(setting, Entry(label, method, options.prior), batch)
+                entry = Entry(label, method, options.prior, mirror=True)
+                rows[label] = rows.get(label, []) + bench.rows(setting, entry, batch)
         for label, own in rows.items():
             summary, gain = summarise(own), difference(own, rows[default])
             assert gain is not None  # the same slices

@@ -113,7 +113,11 @@ def main(args: list[str] | None = None) -> None:
     batches = _common.load_batches(HELD_OUT, options.slices, options.size, options.batch_size)
     timing = time_all(bench, options.prior, options.timed, options.repeats, batches)
     setting = SETTINGS["20-clean"]
-    ours = [row for b in batches for row in bench.rows(setting, Entry(OURS, AnnealedPnPADMM(), options.prior), b)]
+    ours = [
+        row
+        for b in batches
+        for row in bench.rows(setting, Entry(OURS, AnnealedPnPADMM(), options.prior, mirror=True), b)
+    ]
     method = PaDISNormalised(num_levels=options.evaluations // NUM_INNER, num_inner=NUM_INNER)
     singles = _common.load_batches(HELD_OUT, options.slices, options.size, 1)
     published = [row for b in singles for row in bench.rows(setting, Entry(NORMALISED, method, options.prior), b)]

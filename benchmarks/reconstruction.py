@@ -52,7 +52,8 @@ def draw(bench: Bench, path: Path, index: int, methods: Sequence[str], priors: d
     for name in ("20-clean", "60-clean"):
         row = images[SETTINGS[name].title] = {}
         for label in methods:
-            result = bench.reconstruct(SETTINGS[name], Entry(label, METHODS[label], priors.get(label)), batch)
+            entry = Entry(label, METHODS[label], priors.get(label), mirror=label in priors)
+            result = bench.reconstruct(SETTINGS[name], entry, batch)
             row[label], reference = decode(result.estimate.mean[0]), result.reference
     assert reference is not None
     comparison_figure(path, images, decode(reference[0]), title=batch.id[0], voxel_mm=batch.voxel_mm[0])
@@ -104,7 +105,8 @@ def main(args: list[str] | None = None) -> None:
         setting = SETTINGS[name]
         for batch in setting_batches(setting, options.slices, options.size, options.batch_size):
             for label in options.methods:
-                new = bench.rows(setting, Entry(label, METHODS[label], priors.get(label)), batch)
+                entry = Entry(label, METHODS[label], priors.get(label), mirror=label in priors)
+                new = bench.rows(setting, entry, batch)
                 rows[name, label] = rows.get((name, label), []) + new
     bench.record.save(**report(rows, options.only, options.methods))
     if options.figure:

@@ -26,6 +26,7 @@ from invrecon.metrics.mri import relative_magnitudes
 from invrecon.metrics.summary import format_table, summarise_by
 from invrecon.operators import LinearOperator, ParallelBeamCT
 from invrecon.priors.base import Prior
+from invrecon.priors.mirror import MirroredPrior
 from invrecon.priors.weights import PriorCard, file_hash, load_prior
 from invrecon.report.store import ROW_FIELDS
 from invrecon.rng import make_generators
@@ -133,7 +134,7 @@ def run(output: Path, prior_name: str, slices: str) -> dict[str, Any]:
         operator.norm()  # computed once here, so that no method's time contains it
         setting = f"{num_views} views"
         images[setting], rows[setting] = reconstruct(
-            METHODS, operator(x), operator, x, prior, batch, setting, {"num_views": num_views}
+            METHODS, operator(x), operator, x, MirroredPrior(prior), batch, setting, {"num_views": num_views}
         )
 
     decode, figures, comparisons = data.intensity.decode, [], []

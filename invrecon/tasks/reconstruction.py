@@ -33,6 +33,7 @@ from invrecon.operators.sampling import achieved_acceleration
 from invrecon.precision import check_precision, resolve_precision
 from invrecon.priors.base import Prior
 from invrecon.priors.layouts import Layout
+from invrecon.priors.mirror import MirroredPrior
 from invrecon.priors.patch import PatchPrior
 from invrecon.priors.weights import PriorCard, file_hash, load_prior
 from invrecon.rng import Generators, make_generators
@@ -80,6 +81,8 @@ class Reconstruction(lightning.LightningModule):
         num_figures: Slices a volume that `predict` draws.
         save_samples: Whether `predict` writes every posterior sample beside mean and standard deviation.
         layout: Where a patch prior lays its patches, instead of on a grid at one random offset an evaluation.
+        mirror: Whether each evaluation of the prior is of the image or of its mirror image, at random; for images whose
+            left and right are alike (`MirroredPrior`).
 
     Attributes:
         pool: Whether the cases of a batch share what is learned from them, so that batches decide numbers.
@@ -98,6 +101,7 @@ class Reconstruction(lightning.LightningModule):
         num_figures: int = 4,
         save_samples: bool = False,
         layout: Layout | None = None,
+        mirror: bool = False,
     ) -> None:
         super().__init__()
         self.operator, self.method, self.noise = operator, method, noise or NoNoise()
@@ -112,7 +116,7 @@ class Reconstruction(lightning.LightningModule):
                 f"{type(method).__name__} needs a prior and model.prior is not set: give a prior file, or the name of "
                 "a shipped one such as patch_ct."
             )
-        self.layout = layout
+        self.layout, self.mirror = layout, mirror
         if layout is not None and prior is None:
             raise InputError(f"model.layout is {type(layout).__name__}, but no model.prior is set: give a patch prior.")
         if prior is not None:
@@ -120,6 +124,7 @@ class Reconstruction(lightning.LightningModule):
             self.prior, self.card = load_prior(path)
             self.prior = self.prior if layout is None else lay_out(self.prior, layout)
             self.prior.denoiser.precision = precision  # type: ignore[union-attr]
+            self.prior = MirroredPrior(self.prior) if mirror else self.prior
             self.weights_sha256 = file_hash(path)
 
     def setup(self, stage: str) -> None:
@@ -312,6 +317,7 @@ class Reconstruction(lightning.LightningModule):
         if self.card is not None:
             sizes = f" of {self.card.patch_sizes[0]} pixels" if self.card.patch_sizes else ""
             layout = "" if self.layout is None else f" laid out by {type(self.layout).__name__}"
+            layout += ", mirrored at random" if self.mirror else ""
             prior = f"{self.card.kind}{sizes}{layout}, trained on {', '.join(self.card.data)} ({self.card.licence})"
         return {
             "method": type(self.method).__name__,
