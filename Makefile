@@ -33,7 +33,7 @@ $(VENV)/.stamp-%-$(HASH):
 	@rm -f $(VENV)/.stamp-$*-*; touch $@
 
 test: setup  ## run the test suite (two processes; ARGS="-k word" selects)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadscope $(ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder $(ARGS)
 
 demo: setup  ## reconstruct a real chest CT slice from 20 and 60 views: outputs/demo/report.html
 	$(PY) -m invrecon.demo $(ARGS)

@@ -24,6 +24,31 @@ settings.register_profile(
 )
 settings.load_profile("invrecon")
 
+# Modules of few and long tests go first, so that no process is left with one at the end while the other is idle.
+LONG = [
+    "benchmarks/test_claims",
+    "cli/test_ranks",
+    "tasks/test_resume",
+    "test_extending",
+    "benchmarks/test_benchmarks",
+    "cli/test_bad_input",
+    "benchmarks/test_mri_benchmark",
+    "tasks/test_training",
+    "test_skeleton",
+    "test_allocator",
+    "cli/test_memory",
+    "cli/test_tune",
+    "benchmarks/test_rgb_benchmark",
+    "benchmarks/test_dip_benchmark",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the long modules first, in their order."""
+    order = {Path(__file__).parent / f"{name}.py": i for i, name in enumerate(LONG)}
+    assert all(path.is_file() for path in order), "conftest.py names a module that is not there"
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
 
 @pytest.fixture(autouse=True)
 def fixed_seeds() -> None:
