@@ -85,10 +85,11 @@ class VolumeReconstruction(Reconstruction):
     Args:
         maximum: The volume's data range, in the file's units.
         *task: As of `Reconstruction`.
+        **way: As of `Reconstruction`.
     """
 
-    def __init__(self, maximum: float | None, *task: Any) -> None:
-        super().__init__(*task)
+    def __init__(self, maximum: float | None, *task: Any, **way: Any) -> None:
+        super().__init__(*task, **way)
         self.maximum = maximum
 
     def _intensity(self) -> Intensity:
@@ -115,7 +116,7 @@ class MRIBench(Bench):
         prior = entry.prior if entry.method.needs_prior else None
         physics = CartesianMRI(self.size)  # its mask, coils and, if measured, size come with the case
         common = (physics, entry.method, setting.noise, prior, precision or self.precision, self.seed)
-        return VolumeReconstruction(setting.maximum, *common).to(self.record.device)
+        return VolumeReconstruction(setting.maximum, *common, mirror=entry.mirror).to(self.record.device)
 
     def operator(self, setting: Setting) -> LinearOperator:
         """Returns the physics without what comes with the case."""

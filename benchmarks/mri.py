@@ -151,7 +151,7 @@ class Tables:
         """Returns who competes in a row."""
         if row in LEARNED:
             method = proximal_diffusion() if row == "proximal" else load_method("recon_mri")
-            return Entry(row, method, self.priors[LEARNED[row]])
+            return Entry(row, method, self.priors[LEARNED[row]], mirror=row != "proximal")  # as recon_mri.yaml has it
         return Entry(row, FBP(clip=None) if row == "zero-filled" else classical(row, WEIGHTS[row]))
 
     def has_weights(self, row: str) -> bool:
@@ -346,7 +346,7 @@ def main(args: list[str] | None = None) -> None:
     parser = _common.make_parser(__doc__)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="SETTING")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
-    parser.add_argument("--prior", default="patch_mri", help="patch prior: a file, or the name of a shipped one")
+    parser.add_argument("--prior", default="patch_mri_fine", help="patch prior: a file, or the name of a shipped one")
     parser.add_argument("--whole", default="whole_mri", help="whole-image prior: likewise")
     parser.add_argument("--max-slices", type=int, help="at most so many slices of each setting, and masks")
     parser.add_argument("--size", type=int, default=256, help="side of simulated images")

@@ -16,6 +16,7 @@ from invrecon.errors import InputError
 from invrecon.methods import FBP, AnnealedPnPADMM, Method, TotalVariation, WaveletL1
 from invrecon.metrics.mri import magnitude, phase
 from invrecon.operators import CartesianMRI, EquispacedLines, SNRNoise
+from invrecon.priors.mirror import MirroredPrior
 from invrecon.priors.weights import file_hash
 from invrecon.tasks.reconstruction import Reconstruction
 
@@ -62,7 +63,7 @@ def run(output: Path, prior_name: str, slices: str) -> dict[str, Any]:
         if not rows:
             print(f"{len(batch)} slices of {batch.patient[0]}, {SIZE} x {SIZE} pixels, {NUM_COILS} coils, {SNR:g} dB")
         columns = {"acceleration": acceleration}
-        images, rows[setting] = reconstruct(METHODS, y, operator, x, prior, batch, setting, columns)
+        images, rows[setting] = reconstruct(METHODS, y, operator, x, MirroredPrior(prior), batch, setting, columns)
         for b, case in enumerate(batch.id):
             scale = batch.scale[b]
             shown = {name: as_array(scale * magnitude(image[b])) for name, image in images.items()}
@@ -115,7 +116,7 @@ def run(output: Path, prior_name: str, slices: str) -> dict[str, Any]:
 
 def main(args: list[str] | None = None) -> None:
     """Parses the few options and runs."""
-    defaults = {"description": __doc__, "output": "outputs/demo-mri", "prior": "patch_mri", "slices": "1:8:3"}
+    defaults = {"description": __doc__, "output": "outputs/demo-mri", "prior": "patch_mri_fine", "slices": "1:8:3"}
     command_line(args, run, ("psnr", "ssim", "relative_residual", "seconds"), **defaults)
 
 
