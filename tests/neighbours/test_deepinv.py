@@ -160,7 +160,8 @@ def test_its_inverse_and_prox_meet_their_optimality_conditions(deepinv: Any, ind
         x = physics.prox_l2(start, y, gamma)
         origin = start if isinstance(start, Tensor) else torch.full_like(x, start or 0.0)
         weight = torch.as_tensor(gamma, dtype=torch.float64).reshape(-1, 1, 1, 1)
-        assert torch.allclose(weight * operator.adjoint(operator(x) - y) + x, origin, atol=1e-7)
+        right = weight * operator.adjoint(y) + origin  # of the system that is solved; the tolerance is relative to it
+        assert (weight * operator.normal(x) + x - right).norm() < 1e-9 * right.norm()
 
 
 def test_iterations_and_tolerance_of_a_call_count(deepinv: Any) -> None:
