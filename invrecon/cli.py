@@ -40,12 +40,12 @@ from invrecon.adapt.losses import SelfSupervisedLoss
 from invrecon.adapt.stopping import HeldOutViews
 from invrecon.adapt.trainable import Trainable
 from invrecon.allocator import keep_freed_memory
+from invrecon.arguments import spell
 from invrecon.discovery import reach_named_files
 from invrecon.errors import InputError
 from invrecon.precision import training_precision
 from invrecon.priors import layouts
 from invrecon.report.writer import ResultWriter
-from invrecon.shared import find_shared, shared_folder
 from invrecon.tasks.checkpoint import AtomicCheckpointIO, ExportPrior
 from invrecon.tasks.previews import TrainingPreviews
 from invrecon.tasks.progress import RunProgress
@@ -301,35 +301,6 @@ def default_output(command: str, config_name: str) -> Path:
     return Path("outputs") / command / time.strftime("%Y-%m-%d_%H-%M-%S")
 
 
-def resolve_configs(args: list[str]) -> list[str]:
-    """Replaces bare config names by the shipped files of that name; an existing file wins.
-
-    Raises:
-        InputError: If a config is neither a file nor the name of a shipped one.
-    """
-    resolved = list(args)
-    for i, arg in enumerate(args):
-        if arg in ("--config", "-c") and i + 1 < len(args):
-            resolved[i + 1] = str(_config(args[i + 1]))
-        elif arg.startswith("--config="):
-            resolved[i] = "--config=" + str(_config(arg.removeprefix("--config=")))
-    return resolved
-
-
-def spell_slices(args: list[str]) -> list[str]:
-    """Writes `--data.slices 5:` as `5::`, which the parser would take for a mapping; joins `-1:` to its argument."""
-    text = re.sub(r"--data\.slices\0(?=-\d)", "--data.slices=", "\0".join(args))
-    return re.sub(r"(--data\.slices[\0=]-?\d+:)(?=\0|$)", r"\1:", text).split("\0") if args else []
-
-
-def _config(name: str) -> Path:
-    path = find_shared(name, "configs", ".yaml")
-    if not path.is_file():
-        shipped = ", ".join(sorted(p.name for p in shared_folder("configs").glob("*.yaml")))
-        raise InputError(f"There is no config file '{name}'; give a path, or one of the shipped configs: {shipped}.")
-    return path
-
-
 def complaint(text: str) -> str:
     """Says in one sentence what is wrong, from a parser's error, which goes through every type that it has tried."""
     key = ".".join(re.findall(r'Parser key "([\w.]+)"', text))
@@ -385,7 +356,7 @@ def main(args: list[str] | None = None) -> InvreconCLI | None:
         return None
     keep_freed_memory()
     InvreconCLI.command = ["invrecon", *args]
-    args = spell_slices(resolve_configs(args))
+    args = spell(args)
     reach_named_files(args)
     return InvreconCLI(
         lightning.LightningModule,

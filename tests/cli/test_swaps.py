@@ -35,6 +35,13 @@ def test_views(run: Callable[..., Any]) -> None:
     assert run("--model.operator.num_views", "60").model.operator.measurement_shape == (1, 60, 48)
 
 
+@pytest.mark.parametrize("options", [("--model.method.clip", "null"), ("--model.method.init_args.clip=null",)])
+def test_nothing_takes_the_place_of_a_default(run: Callable[..., Any], options: tuple[str, ...]) -> None:
+    method = run(*options).model.method
+    assert method.clip is None
+    assert len(method.schedule) == 2, "the other settings are kept"
+
+
 @pytest.mark.parametrize("name", ["FanBeamCT", "LimitedAngleCT"])
 def test_operator(run: Callable[..., Any], name: str) -> None:
     operator = run(f"--model.operator={name}").model.operator

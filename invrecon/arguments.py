@@ -1,0 +1,59 @@
+"""What is written on the command line, as the parser understands it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from invrecon.errors import InputError
+from invrecon.shared import find_shared, shared_folder
+
+
+def spell(args: list[str]) -> list[str]:
+    """Returns arguments of which the parser understands every one.
+
+    - `--config patch_ct.yaml` finds a shipped config by its bare name.
+    - `--data.slices 5:` becomes `5::`, for the parser would take it for a mapping; `-1:` is joined to its argument.
+    - `--model.method.clip null` becomes `--model.method={"init_args": {"clip": null}}`, a part of a configuration, for
+      the parser hands an argument of an argument on as text, and would take it for the word "None".
+
+    Raises:
+        InputError: If a config is neither a file nor the name of a shipped one.
+    """
+    text = "\0".join(resolve_configs(args))
+    text = re.sub(r"--data\.slices\0(?=-\d)", "--data.slices=", text)
+    text = re.sub(r"(--data\.slices[\0=]-?\d+:)(?=\0|$)", r"\1:", text)
+    text = re.sub(r"(?<![^\0])--((?:model|data)\.\w+)\.([\w.]+)[\0=]null(?=\0|$)", _nest_null, text)
+    return text.split("\0") if args else []
+
+
+def _nest_null(found: re.Match[str]) -> str:
+    nested: dict[str, Any] | None = None
+    for key in reversed(found[2].removeprefix("init_args.").replace(".init_args.", ".").split(".")):
+        nested = {"init_args": {key: nested}}
+    return f"--{found[1]}={json.dumps(nested)}"
+
+
+def resolve_configs(args: list[str]) -> list[str]:
+    """Replaces bare config names by the shipped files of that name; an existing file wins.
+
+    Raises:
+        InputError: If a config is neither a file nor the name of a shipped one.
+    """
+    resolved = list(args)
+    for i, arg in enumerate(args):
+        if arg in ("--config", "-c") and i + 1 < len(args):
+            resolved[i + 1] = str(_config(args[i + 1]))
+        elif arg.startswith("--config="):
+            resolved[i] = "--config=" + str(_config(arg.removeprefix("--config=")))
+    return resolved
+
+
+def _config(name: str) -> Path:
+    path = find_shared(name, "configs", ".yaml")
+    if not path.is_file():
+        shipped = ", ".join(sorted(p.name for p in shared_folder("configs").glob("*.yaml")))
+        raise InputError(f"There is no config file '{name}'; give a path, or one of the shipped configs: {shipped}.")
+    return path
