@@ -26,7 +26,7 @@ METHODS: dict[str, Method] = {  # as in zero_filled_mri, tv_mri, wavelet_mri and
     "Zero-filled": FBP(clip=None),
     "TV": TotalVariation(weight=1e-3, bounds=(-4.0, 4.0)),
     "Wavelet l1": WaveletL1(weight=1e-3, num_iterations=100, clip=None),
-    "Patch diffusion": AnnealedPnPADMM(num_levels=48, sigma_max=0.9, sigma_min=0.03, noise_factor=1.0, clip=None),
+    "Patch diffusion": AnnealedPnPADMM(num_levels=48, sigma_max=0.9, sigma_min=0.03, clip=None),
 }
 
 
