@@ -63,6 +63,12 @@ class Result:
     traces: list[Trace] | None = None
 
 
+def highest_level(method: Method) -> float:
+    """Returns the highest noise level of a method's schedule, 0 without one."""
+    schedule = getattr(method, "schedule", None)
+    return 0.0 if schedule is None else max(schedule.sigmas)
+
+
 class Reconstruction(lightning.LightningModule):
     """Reconstructs cases by any method, with any prior and operator.
 
@@ -145,6 +151,14 @@ class Reconstruction(lightning.LightningModule):
                 raise InputError(
                     f"The prior has {channels} image channels, {type(self.operator).__name__} has "
                     f"{self.operator.image_shape[0]}: use a prior of such images."
+                )
+            first, trained = highest_level(self.method), self.card.sigma_range[1]
+            if first > 1.01 * trained:
+                warnings.warn(
+                    f"{type(self.method).__name__} begins at a noise level of {first:g}, and its prior was trained up "
+                    f"to {trained:g}: above, its denoiser guesses. Take a prior of all levels (--model.prior patch_ct, "
+                    "whole_ct or patch_mri), or lower the first level (--model.method.sigma_max).",
+                    stacklevel=2,
                 )
         size = getattr(getattr(self._trainer, "datamodule", None), "size", None)
         if size is not None and self.operator.image_shape[1:] != (size, size):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import inspect
 import json
 from collections.abc import Callable
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 import invrecon.methods
 from invrecon.errors import InputError
+from invrecon.priors.weights import read_card, save_prior
 from tests.cli.tiny import files_in, reconstruct
 
 
@@ -40,6 +43,23 @@ def test_nothing_takes_the_place_of_a_default(run: Callable[..., Any], options: 
     method = run(*options).model.method
     assert method.clip is None
     assert len(method.schedule) == 2, "the other settings are kept"
+
+
+def test_levels_that_the_prior_never_saw_are_named(
+    run: Callable[..., Any], library: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    low = tmp_path / "low.safetensors"
+    card = dataclasses.replace(read_card(library / "patch.safetensors"), sigma_range=(0.002, 0.5))
+    save_prior(low, load_file(library / "patch.safetensors"), card)
+
+    def complaints(*options: str) -> list[str]:
+        recwarn.clear()
+        run(f"--model.prior={low}", *options)
+        return [str(w.message) for w in recwarn if "was trained up" in str(w.message)]
+
+    assert not complaints()  # the default begins at 0.1
+    (said,) = complaints("--model.method=DDS")
+    assert "DDS begins at a noise level of 10" in said and "0.5" in said and "--model.prior" in said
 
 
 @pytest.mark.parametrize("name", ["FanBeamCT", "LimitedAngleCT"])
