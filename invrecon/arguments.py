@@ -22,7 +22,7 @@ def spell(args: list[str]) -> list[str]:
     Raises:
         InputError: If a config is neither a file nor the name of a shipped one.
     """
-    text = "\0".join(resolve_configs(args))
+    text = "\0".join(_resolve_configs(args))
     text = re.sub(r"--data\.slices\0(?=-\d)", "--data.slices=", text)
     text = re.sub(r"(--data\.slices[\0=]-?\d+:)(?=\0|$)", r"\1:", text)
     text = re.sub(r"(?<![^\0])--((?:model|data)\.\w+)\.([\w.]+)[\0=]null(?=\0|$)", _nest_null, text)
@@ -36,7 +36,7 @@ def _nest_null(found: re.Match[str]) -> str:
     return f"--{found[1]}={json.dumps(nested)}"
 
 
-def resolve_configs(args: list[str]) -> list[str]:
+def _resolve_configs(args: list[str]) -> list[str]:
     """Replaces bare config names by the shipped files of that name; an existing file wins.
 
     Raises:
