@@ -223,6 +223,7 @@ def tiny(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(_recipes, "load_recipe", cache(lambda config: shrink(load(config))))
     monkeypatch.setattr(_recipes, "DPS", PaDISNormalised(num_levels=2, num_inner=1))
     monkeypatch.setattr(_recipes, "TotalVariation", lambda: TotalVariation(num_iterations=10))
+    monkeypatch.setattr(_recipes, "ProximalDiffusion", lambda **knobs: ProximalDiffusion(**knobs | {"num_levels": 3}))
     monkeypatch.setenv("INVRECON_DATA", str(folder))
     _common.load_batches.cache_clear()
     priors = [f"{name}={folder / name}.safetensors" for name in claims.PRIORS]
