@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from invrecon.errors import InputError
 from invrecon.shared import find_shared, shared_folder
@@ -57,3 +61,40 @@ def _config(name: str) -> Path:
         shipped = ", ".join(sorted(p.name for p in shared_folder("configs").glob("*.yaml")))
         raise InputError(f"There is no config file '{name}'; give a path, or one of the shipped configs: {shipped}.")
     return path
+
+
+def carried_over(configs: Sequence[Path], argument: str, chosen: type, settings: Mapping[str, Any]) -> str | None:
+    """Says which settings of another class in the configs a class has been given, for the parser keeps those it knows.
+
+    Args:
+        configs: The configs, the last of which wins.
+        argument: Name of the model's argument.
+        chosen: The class that has taken the other's place.
+        settings: Its resolved arguments.
+
+    Returns:
+        A sentence; nothing if the class is the configs' own, or has nothing from there but its own defaults.
+    """
+
+    def plain(value: Any) -> Any:
+        return json.loads(json.dumps(value, default=str))
+
+    own = {name: plain(parameter.default) for name, parameter in inspect.signature(chosen).parameters.items()}
+    for path in reversed(configs):
+        model = (yaml.safe_load(path.read_text()) or {}).get("model")
+        model = model.get("init_args", model) if isinstance(model, dict) else {}
+        if argument not in model:
+            continue
+        given = model[argument]
+        if not isinstance(given, dict) or (former := given["class_path"].rpartition(".")[2]) == chosen.__name__:
+            return None
+        common = {name: plain(value) for name, value in (given.get("init_args") or {}).items() if name in settings}
+        kept = {name: value for name, value in common.items() if own[name] != value == plain(settings[name])}
+        listed = ", ".join(
+            f"{name} {json.dumps(value)} (its own: {json.dumps(own[name])})" for name, value in kept.items()
+        )
+        return listed and (
+            f"{chosen.__name__} takes over what {path.name} sets for {former}: {listed}. Where that does not suit it, "
+            f"give --model.{argument}.NAME VALUE."
+        )
+    return None

@@ -17,6 +17,7 @@ from typing import Any
 import lightning
 import torch
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -40,7 +41,7 @@ from invrecon.adapt.losses import SelfSupervisedLoss
 from invrecon.adapt.stopping import HeldOutViews
 from invrecon.adapt.trainable import Trainable
 from invrecon.allocator import keep_freed_memory
-from invrecon.arguments import spell
+from invrecon.arguments import carried_over, spell
 from invrecon.discovery import reach_named_files
 from invrecon.errors import InputError
 from invrecon.precision import training_precision
@@ -124,7 +125,7 @@ class InvreconCLI(LightningCLI):
             raise cause from None
 
     def after_instantiate_classes(self) -> None:
-        """Refuses a config of another command.
+        """Refuses a config of another command, and says what a method has been given that was meant for another.
 
         Raises:
             InputError: If its model or its data do not know the command.
@@ -135,6 +136,13 @@ class InvreconCLI(LightningCLI):
                     f"{type(part).__name__} is not for `invrecon {self.subcommand}` (it has no {hook}): choose another "
                     "command or --config."
                 )
+        config = self.config[self.subcommand]
+        method = config.model.get("init_args", {}).get("method")
+        if method is not None:
+            paths = [Path(str(path)) for path in config.get("config") or []]
+            said = carried_over(paths, "method", type(self.model.method), vars(method.get("init_args", Namespace())))
+            if said:
+                warnings.warn(said, stacklevel=1)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds `--output`."""

@@ -62,6 +62,22 @@ def test_levels_that_the_prior_never_saw_are_named(
     assert "DDS begins at a noise level of 10" in said and "0.5" in said and "--model.prior" in said
 
 
+def test_what_was_set_for_another_method_is_named(
+    run: Callable[..., Any], tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    def complaints(*options: str, config: str = str(tmp_path / "out" / "config.yaml")) -> list[str]:
+        recwarn.clear()
+        run("--output", str(tmp_path / "again"), *options, config=config)
+        return [str(w.message) for w in recwarn if "takes over" in str(w.message)]
+
+    assert not complaints("--model.method=DDS", config="recon_ct.yaml"), "it sets nothing for its own method"
+    run()  # its config has all that AnnealedPnPADMM was given
+    assert not complaints(), "the same method again"
+    (said,) = complaints("--model.method=DDS", "--model.method.num_levels=3")
+    assert "DDS takes over what config.yaml sets for AnnealedPnPADMM" in said
+    assert "sigma_max 0.1 (its own: 10.0)" in said and "num_levels" not in said
+
+
 @pytest.mark.parametrize("name", ["FanBeamCT", "LimitedAngleCT"])
 def test_operator(run: Callable[..., Any], name: str) -> None:
     operator = run(f"--model.operator={name}").model.operator
