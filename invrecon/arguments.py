@@ -7,9 +7,11 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 
 from invrecon.errors import InputError
 from invrecon.shared import find_shared, shared_folder
@@ -98,3 +100,28 @@ def carried_over(configs: Sequence[Path], argument: str, chosen: type, settings:
             f"give --model.{argument}.NAME VALUE."
         )
     return None
+
+
+def refuse_null(spec: Any, key: str) -> None:
+    """Raises where a class is given null for an argument that cannot be, which the parser takes for unset.
+
+    Args:
+        spec: A resolved part of the configuration.
+        key: Where it stands, for the message.
+
+    Raises:
+        InputError: Naming the first such argument, and its type.
+    """
+    if isinstance(spec, list | tuple):
+        for i, item in enumerate(spec):
+            refuse_null(item, f"{key}[{i}]")
+    if not isinstance(spec, Namespace) or not isinstance(spec.get("init_args"), Namespace):
+        return
+    chosen: Any = locate(spec.class_path)
+    parameters = inspect.signature(chosen).parameters if inspect.isclass(chosen) else {}
+    for name, value in vars(spec.init_args).items():
+        if value is None and name in parameters and parameters[name].default is not None:
+            annotation = inspect.formatannotation(parameters[name].annotation).strip("'\"")
+            if not re.search(r"\b(None|Any|Optional)\b", annotation):
+                raise InputError(f"{key}.{name} is null, but {chosen.__name__} needs {annotation}.")
+        refuse_null(value, f"{key}.{name}")

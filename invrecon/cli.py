@@ -41,7 +41,7 @@ from invrecon.adapt.losses import SelfSupervisedLoss
 from invrecon.adapt.stopping import HeldOutViews
 from invrecon.adapt.trainable import Trainable
 from invrecon.allocator import keep_freed_memory
-from invrecon.arguments import carried_over, spell
+from invrecon.arguments import carried_over, refuse_null, spell
 from invrecon.discovery import reach_named_files
 from invrecon.errors import InputError
 from invrecon.precision import training_precision
@@ -113,7 +113,13 @@ class InvreconCLI(LightningCLI):
         """Takes no settings from a checkpoint: it is for resuming alone, and is read once, by `AtomicCheckpointIO`."""
 
     def instantiate_classes(self) -> None:
-        """Builds model, data and trainer; what they refuse comes out in their own words, not wrapped by the parser."""
+        """Builds model, data and trainer; what they refuse comes out in their own words, not wrapped by the parser.
+
+        Raises:
+            InputError: If one of them refuses an argument.
+        """
+        for part in ("model", "data"):
+            refuse_null(self.config[self.subcommand].get(part), part)
         try:
             super().instantiate_classes()
         except ValueError as error:

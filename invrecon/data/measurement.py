@@ -61,6 +61,7 @@ class Measurement:
                     "views, bins); store one sinogram per slice."
                 )
             self.shape = tuple(sinograms.shape)
+            _check_version(self.path, file)
             self.geometry = _read_geometry(self.path, file, self.shape)
             _check_intensity(self.path, file)
             self.voxel_mm: VoxelSize | None = read_voxel_mm(self.path, dict(file.attrs))
@@ -208,7 +209,7 @@ def check_geometry(path: Path, geometry: Geometry, shape: tuple[int, ...]) -> Ge
         raise InputError(f"The geometry of {path} has an unknown entry '{unknown[0]}'; expected {', '.join(required)}.")
     try:
         angles = np.asarray(geometry["angles"], dtype=np.float64)
-        num_bins = int(geometry["num_bins"])
+        num_bins = float(geometry["num_bins"])
         lengths = {key: float(geometry[key]) for key in LENGTHS[kind]}
     except (TypeError, ValueError) as error:
         raise InputError(f"The geometry of {path} has an entry that is not a number ({error}).") from error
@@ -219,14 +220,23 @@ def check_geometry(path: Path, geometry: Geometry, shape: tuple[int, ...]) -> Ge
             f"The 'angles' of {path} reach {np.abs(angles).max():g}, expected radians within +-4 pi; divide "
             "degrees by 180 / pi."
         )
+    if not num_bins.is_integer() or num_bins < 1:
+        raise InputError(f"The geometry of {path} has 'num_bins' = {num_bins:g}, expected a whole number of bins.")
+    num_bins = int(num_bins)
     if tuple(shape[1:]) != (angles.size, num_bins):
         raise InputError(
             f"The sinograms of {path} are {tuple(shape[1:])} (views, bins), but its geometry has "
             f"{angles.size} angles and {num_bins} bins; correct whichever is wrong."
         )
     for key, value in lengths.items():
-        if not (math.isfinite(value) and value > 0):
+        if not (math.isfinite(value) and (value > 0 or (value == 0 and key == "detector_distance"))):
             raise InputError(f"The geometry of {path} has '{key}' = {value}, expected a positive length.")
+    corner = lengths["field_of_view"] / math.sqrt(2)
+    if kind == "fan" and lengths["source_distance"] <= corner:
+        raise InputError(
+            f"The geometry of {path} has 'source_distance' = {lengths['source_distance']:g}, expected more than "
+            f"{corner:g}: the source is outside the image, whose corners are that far from the centre."
+        )
     return {"type": kind, "angles": angles.tolist(), "num_bins": num_bins, **lengths}
 
 
@@ -243,17 +253,34 @@ def _read_geometry(path: Path, file: Any, shape: tuple[int, ...]) -> Geometry:
     group = file.get("geometry")
     if group is None or hasattr(group, "shape"):
         raise InputError(f"The measurement file {path} has no group 'geometry'; see docs/measurement-file.md.")
-    entries: Geometry = {key: value.item() if hasattr(value, "item") else value for key, value in group.attrs.items()}
+    entries: Geometry = {k: v.item() if getattr(v, "size", 0) == 1 else v for k, v in group.attrs.items()}
     entries["type"] = text_of(entries.get("type", ""))
     entries["angles"] = _dataset(path, file, "geometry/angles")[()]
     return check_geometry(path, entries, shape)
+
+
+def _check_version(path: Path, file: Any) -> None:
+    version = file.attrs.get("version", VERSION)
+    if _number(version) not in range(1, VERSION + 1):
+        raise InputError(
+            f"The measurement file {path} is of version {version}, and this invrecon reads version {VERSION}: "
+            "install a newer one, or write the file as docs/measurement-file.md says."
+        )
+
+
+def _number(value: Any) -> float | None:
+    """Returns what an attribute or a dataset's value is as a number, or None if it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def _check_intensity(path: Path, file: Any) -> None:
     ours = Intensity()
     for key, expected in (("intensity_offset", ours.offset), ("intensity_scale", ours.scale)):
         value = file.attrs.get(key)
-        if value is None or float(value) != expected:
+        if value is None or _number(value) != expected:
             raise InputError(
                 f"The measurement file {path} has '{key}' = {value}, expected {expected:g} ({ours.units}): "
                 "its line integrals are on another intensity scale; rescale them as "
@@ -267,6 +294,8 @@ def _check_noise(path: Path, noise: Any, shape: tuple[int, ...]) -> None:
             f"'noise_std' of {path} has shape {tuple(noise.shape)}, expected one number, one per sinogram "
             f"{shape[:1]}, or one per ray {tuple(shape)}."
         )
+    if noise.dtype.kind not in "fiu":
+        raise InputError(f"'noise_std' of {path} is of type {noise.dtype}, expected numbers.")
     if noise.ndim == 0 and not (math.isfinite(float(noise[()])) and float(noise[()]) > 0):
         raise InputError(
             f"'noise_std' of {path} is {float(noise[()])}, expected a standard deviation > 0; leave it out for "

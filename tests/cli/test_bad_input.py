@@ -71,10 +71,30 @@ SCANS: dict[str, tuple[Callable[[Path, np.ndarray], Path], str]] = {
     "other size": (lambda p, c: scan(p, c, shape=(4, 48, 48)), "48 x 48 pixels"),
     "two axes": (lambda p, c: scan(p, c, shape=(SIZE, SIZE)), "three axes"),
 }
+
+
+def attribute(name: str, value: Any, of: str = "/") -> Callable[[h5py.File], None]:
+    return lambda file: file[of].attrs.__setitem__(name, value)
+
+
+def fan(file: h5py.File) -> None:
+    file["geometry"].attrs.update({"type": "fan", "source_distance": 0.1, "detector_distance": 0.0})
+
+
+def text_noise(file: h5py.File) -> None:
+    file["noise_std"] = "low"
+
+
 SINOGRAMS: dict[str, tuple[Callable[[h5py.File], None], str]] = {
     "other views": (other_angles, r"\(12, 48\) \(views, bins\).* 11 angles"),
     "no geometry": (no_geometry, "no group 'geometry'"),
     "other scale": (other_scale, "'intensity_scale' = 1.0"),
+    "a scale in words": (attribute("intensity_scale", "HU"), "'intensity_scale' = HU"),
+    "two fields of view": (attribute("field_of_view", [1.0, 2.0], "geometry"), "not a number"),
+    "half a bin": (attribute("num_bins", 47.5, "geometry"), "'num_bins' = 47.5"),
+    "source inside": (fan, "'source_distance' = 0.1, expected more than"),
+    "noise in words": (text_noise, "'noise_std' .* expected numbers"),
+    "later version": (attribute("version", 99), "version 99"),
 }
 
 
@@ -111,6 +131,20 @@ def test_sinograms(invrecon: Callable[..., Any], chest: np.ndarray, tmp_path: Pa
     change, message = SINOGRAMS[what]
     path = sinograms(tmp_path / "measured.h5", chest, change)
     assert "measured.h5" in refused(invrecon, reconstruct("predict", "fbp_ct.yaml", path, tmp_path / "out"), message)
+
+
+NULLS = {
+    "model.operator.num_views": "int",
+    "model.method.sigma_max": "float",
+    "data.size": "int",
+    "data.paths": "list",
+}
+
+
+@pytest.mark.parametrize("name", NULLS)
+def test_nothing_where_something_is_needed(invrecon: Callable[..., Any], library: Path, name: str) -> None:
+    args = reconstruct("test", "recon_ct.yaml", library / "scans", library / "out", f"--{name}", "null")
+    refused(invrecon, args, f"{name} is null, but .* needs .*{NULLS[name]}")
 
 
 def test_a_measurement_cannot_be_tested(invrecon: Callable[..., Any], tmp_path: Path) -> None:
