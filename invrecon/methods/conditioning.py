@@ -57,9 +57,12 @@ class Conditioning(ABC):
 
     Attributes:
         num_evaluations: Evaluations of the prior for one of the conditional denoiser.
+        estimate: What it gives: an estimate of the "posterior", of the "prior" alone, or a "reflection" (the data's
+            proximal map of a reflected state), after which other transitions stand.
     """
 
     num_evaluations: int = 1
+    estimate: str = "posterior"
 
     def along(self, schedule: Schedule, transition: Transition) -> Conditioning:
         """Returns the conditioning for a run over these levels: itself, unless its weights depend on the step.
@@ -83,6 +86,8 @@ class Conditioning(ABC):
 
 class Unconditional(Conditioning):
     """Ignores the measurement: `E[x0 | x]`."""
+
+    estimate = "prior"
 
     def __call__(self, prior: DifferentiableDenoiser, operator: LinearOperator | None, y: Tensor | None) -> Denoiser:
         """Returns the prior itself."""
@@ -159,6 +164,8 @@ class ReflectedConditioning(ProximalConditioning):
     monotone operators", Math. Program. 55, 1992; Venkatakrishnan, Bouman & Wohlberg, GlobalSIP 2013, for the denoiser
     in place of a proximal map. Weight and CG are those of `ProximalConditioning`.
     """
+
+    estimate = "reflection"
 
     def anchor(self, x: Tensor, denoised: Tensor) -> Tensor:
         """Returns `2 D - x`."""

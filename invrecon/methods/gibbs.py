@@ -98,6 +98,8 @@ class PriorDraw(Conditioning):
             `sigma`, as it does at the couplings at which a Gibbs sampler ends.
     """
 
+    estimate = "prior"
+
     def __init__(self, num_steps: int = 10, sigma_min: float = 0.002, transition: Transition | None = None) -> None:
         if num_steps < 1 or not sigma_min > 0:
             raise InputError(f"Prior draws need num_steps >= 1 and sigma_min > 0, got {num_steps} and {sigma_min}.")
@@ -128,6 +130,9 @@ class LikelihoodDraw(Transition):
     Args:
         data: Draws.
     """
+
+    estimates = frozenset({"prior"})
+    needs_measurement = True
 
     def __init__(self, data: DataSampler) -> None:
         self.data = data

@@ -103,6 +103,9 @@ class CorrectedTransition(Transition):
         zeta: Data step, dimensionless, below 2.
     """
 
+    estimates = frozenset({"prior"})
+    needs_measurement = True
+
     def __init__(self, snr: float, zeta: float) -> None:
         if not snr > 0:
             raise InputError(f"snr is {snr}, but the corrector's signal-to-noise ratio has to be above 0.")

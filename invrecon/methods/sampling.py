@@ -23,7 +23,7 @@ from invrecon.methods.conditioning import Conditioning, Denoiser, ProximalCondit
 from invrecon.methods.counting import Counter, CountingPrior, count_calls
 from invrecon.methods.schedule import GeometricSchedule, KarrasSchedule, Schedule
 from invrecon.methods.start import NoiseStart, NoisyEstimateStart, Start
-from invrecon.methods.transitions import AcceleratedRenoise, Langevin, Transition
+from invrecon.methods.transitions import AcceleratedRenoise, DenoisedTransition, Langevin, Transition
 from invrecon.rng import randn, spawn
 
 if TYPE_CHECKING:
@@ -66,6 +66,27 @@ def check_ladder(schedule: Schedule, transition: Transition) -> None:
         )
 
 
+def check_pair(conditioning: Conditioning, transition: Transition) -> None:
+    """Raises `InputError` if a transition is given other estimates than its step is made of."""
+    while isinstance(transition, DenoisedTransition):
+        transition = transition.transition
+    if conditioning.estimate not in transition.estimates:
+        fitting = {"posterior": "ProximalConditioning", "prior": "Unconditional", "reflection": "ReflectedConditioning"}
+        names = " or ".join(fitting[estimate] for estimate in sorted(transition.estimates))
+        raise InputError(
+            f"{type(transition).__name__} stands after {names}, not after {type(conditioning).__name__}, where its "
+            "step would lead elsewhere: take another transition, or a method that has both."
+        )
+
+
+def check_free(transition: Transition) -> None:
+    """Raises `InputError` if a transition makes no step without a measurement."""
+    if transition.needs_measurement:
+        raise InputError(
+            f"{type(transition).__name__} is the step of a reconstruction: without data take DDIM or Langevin."
+        )
+
+
 def sample_prior(
     prior: Denoiser,
     shape: Sequence[int],
@@ -85,6 +106,7 @@ def sample_prior(
         like: Gives dtype and device; float32 on the CPU if None.
     """
     check_ladder(schedule, transition)
+    check_free(transition)
     with torch.no_grad():
         x = schedule.sigma_max * randn(tuple(shape), generators, torch.empty(0) if like is None else like)
         return diffuse(x, prior, schedule, transition, generators)
@@ -142,6 +164,7 @@ class Sampler(Method):
         if samples_per_batch is not None and samples_per_batch < 1:
             raise InputError(f"samples_per_batch is {samples_per_batch}, but it has to be at least 1.")
         check_ladder(schedule, transition)
+        check_pair(conditioning, transition)
         check_range("clip", clip)
         self.schedule = schedule
         self.conditioning = conditioning
@@ -300,6 +323,7 @@ class UnconditionalSampler(Method):
         self.clip = clip
         check_range("clip", clip)
         check_ladder(self.schedule, self.transition)
+        check_free(self.transition)
 
     @property
     def num_evaluations(self) -> int:

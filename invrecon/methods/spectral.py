@@ -111,6 +111,9 @@ class SpectralTransition(Transition):
         threshold: Singular values at most this share of the largest count as zero.
     """
 
+    estimates = frozenset({"prior"})
+    needs_measurement = True
+
     def __init__(self, sigma_max: float, eta: float = 0.85, eta_b: float = 1.0, threshold: float = 1e-3) -> None:
         if not 0 <= eta <= 1 or not 0 <= eta_b <= 1 or not 0 <= threshold < 1:
             raise InputError(

@@ -30,9 +30,13 @@ class Transition(ABC):
 
     Attributes:
         stays_at_level: Whether the new state is at `sigma` still, so that a level can be visited repeatedly.
+        estimates: What the images that it is given may estimate (see `Conditioning.estimate`).
+        needs_measurement: Whether it makes no step without one.
     """
 
     stays_at_level: bool = False
+    estimates: frozenset[str] = frozenset({"posterior", "prior"})
+    needs_measurement: bool = False
 
     def bind(self, denoised: Denoised, operator: LinearOperator, y: Tensor) -> Transition:
         """Returns the transition for one measurement: itself, unless it asks for more than the two images.
@@ -182,8 +186,11 @@ class DouglasRachford(Transition):
         relaxation: Length of a step, above 0 and below 2; 1 is plain ADMM.
 
     Raises:
-        InputError: Another length; or, when called, no measurement: samples of a prior alone need another transition.
+        InputError: Another length.
     """
+
+    estimates = frozenset({"reflection"})
+    needs_measurement = True
 
     def __init__(self, relaxation: float = 1.0) -> None:
         if not 0 < relaxation < 2:
@@ -210,8 +217,7 @@ class DouglasRachford(Transition):
         self, x: Tensor, x0: Tensor, sigma: float, sigma_next: float, generators: Sequence[torch.Generator]
     ) -> Tensor:
         """Returns the next state, or the mean of the denoised ones with `sigma_next = 0`."""
-        if self._denoised is None:
-            raise InputError("DouglasRachford is the step of a reconstruction: without data take DDIM or Langevin.")
+        assert self._denoised is not None, "a denoiser comes with bind()"
         denoised = self._denoised(x, sigma)
         if self._mean is None or sigma != self._level:
             self._level, self._num, self._mean = sigma, 1, denoised
@@ -287,6 +293,8 @@ class DenoisedTransition(Transition):
         transition: From one level to the next.
         denoise: `D(x, sigma)`; the evaluation from which the estimate was made if None.
     """
+
+    needs_measurement = True
 
     def __init__(self, transition: Transition, denoise: Denoised | None = None) -> None:
         self.transition = transition

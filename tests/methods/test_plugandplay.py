@@ -6,7 +6,26 @@ import pytest
 import torch
 
 from invrecon.errors import InputError
-from invrecon.methods import FBP, RED, AnnealedPnPADMM, DouglasRachford, EstimateStart, GivenStart, PnPADMM
+from invrecon.methods import (
+    DDIM,
+    FBP,
+    RED,
+    AnnealedPnPADMM,
+    DouglasRachford,
+    EstimateStart,
+    ExactDataSampler,
+    GivenStart,
+    KarrasSchedule,
+    LikelihoodDraw,
+    PnPADMM,
+    PriorNoise,
+    ProximalDiffusion,
+    ReflectedConditioning,
+    Sampler,
+    SpectralTransition,
+    StandardCorrection,
+    UnconditionalSampler,
+)
 from invrecon.priors.analytic import GaussianPrior
 from invrecon.priors.base import Prior
 from invrecon.rng import make_generators, randn
@@ -91,9 +110,31 @@ def test_it_is_admm_and_the_mean_of_its_last_denoised_images():
     torch.testing.assert_close(found, sum(last) / len(last), atol=1e-9, rtol=0)
 
 
-def test_a_prior_alone_has_no_data_to_step_to():
+RECONSTRUCTING = [
+    DouglasRachford(),
+    SpectralTransition(10.0),
+    StandardCorrection(0.16, 0.5),
+    LikelihoodDraw(ExactDataSampler()),
+]
+
+
+@pytest.mark.parametrize("transition", [*RECONSTRUCTING, PriorNoise(DDIM())], ids=lambda t: type(t).__name__)
+def test_a_prior_alone_has_no_data_to_step_to(transition):
     with pytest.raises(InputError, match="without data"):
-        DouglasRachford()(torch.zeros(1, *SHAPE), torch.zeros(1, *SHAPE), 1.0, 0.5, [])
+        UnconditionalSampler(KarrasSchedule(4, 10.0, 0.01), transition)
+
+
+@pytest.mark.parametrize("transition", RECONSTRUCTING, ids=lambda t: type(t).__name__)
+def test_a_step_of_another_estimate_is_refused(transition):
+    # The data would count twice, or, for ADMM, the reflection would be missing.
+    with pytest.raises(InputError, match=f"{type(transition).__name__} stands after"):
+        ProximalDiffusion(transition=transition)
+
+
+@pytest.mark.parametrize("transition", [DDIM(), PriorNoise(DDIM())])
+def test_a_reflection_is_no_estimate_to_diffuse_from(transition):
+    with pytest.raises(InputError, match="DDIM stands after ProximalConditioning or Unconditional"):
+        Sampler(KarrasSchedule(4, 1.0, 0.01), ReflectedConditioning(), transition)
 
 
 @pytest.mark.parametrize("sigma", [0.3, 1.0])

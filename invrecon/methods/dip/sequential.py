@@ -16,7 +16,7 @@ from invrecon.methods.dip.fixed import FixedInput, first_image
 from invrecon.methods.dip.measurement import CaseData
 from invrecon.methods.dip.network import FittedNetwork
 from invrecon.methods.dip.stopping import StoppingRule
-from invrecon.methods.sampling import check_ladder, diffuse
+from invrecon.methods.sampling import check_free, check_ladder, diffuse
 from invrecon.methods.schedule import GeometricSchedule, KarrasSchedule
 from invrecon.methods.start import Start
 from invrecon.methods.transitions import DDIM, Transition
@@ -155,6 +155,7 @@ class Purification:
                 f"{type(self.transition).__name__} stays at its noise level, and a purification comes down: use DDIM."
             )
         check_ladder(KarrasSchedule(num_levels, self.sigma_max, self.sigma_end), self.transition)
+        check_free(self.transition)
         self.sigmas(1)
 
     def sigmas(self, num: int) -> list[float]:
