@@ -103,11 +103,13 @@ class PatchSampler:
         """Patches of a size in a batch."""
         return max(1, round(self.pixels_per_batch / patch_size**2))
 
+    def draw_size(self, generator: torch.Generator) -> int:
+        """Draws a batch's patch size by its probability; the first that is drawn for a batch."""
+        return self.patch_sizes[int(torch.multinomial(self.probabilities, 1, generator=generator))]
+
     def plan(self, generator: torch.Generator, key: str, patch_size: int | None = None) -> PatchPlan:
         """Draws the places of a batch of one patch size, drawn by its probability unless given."""
-        if patch_size is None:
-            choice = torch.multinomial(self.probabilities, 1, generator=generator)
-            patch_size = self.patch_sizes[int(choice)]
+        patch_size = self.draw_size(generator) if patch_size is None else patch_size
         n, (H, W) = self.num_patches(patch_size), self.images.shape[-2:]
         image = torch.randint(len(self.images), (n,), generator=generator)
         frame = (H + 2 * self.pad, W + 2 * self.pad)
@@ -143,6 +145,11 @@ def fits(images: Tensor, device: torch.device) -> bool:
     return device.type != "cuda" or images.nbytes <= torch.cuda.mem_get_info(device)[0] / 4
 
 
+def batch_generator(seed: int, key: str) -> torch.Generator:
+    """Returns what the batch `key` ("step/rank") of a run is drawn from."""
+    return make_generator(seed, "patches", key)
+
+
 class PatchStream(IterableDataset):
     """The plans of one epoch's batches, starting where the training stands.
 
@@ -164,7 +171,7 @@ class PatchStream(IterableDataset):
         start = self.position()
         for step in range(start, (start // self.num_batches + 1) * self.num_batches):
             key = f"{step}/{self.rank}"
-            yield self.sampler.plan(make_generator(self.seed, "patches", key), key)
+            yield self.sampler.plan(batch_generator(self.seed, key), key)
 
 
 class FixedBatches(IterableDataset):

@@ -19,7 +19,7 @@ from invrecon.data.augmentation import Augmentation
 from invrecon.data.couches import AIR, draw_couch
 from invrecon.data.intensity import Intensity
 from invrecon.data.measurement import is_measurement
-from invrecon.data.patches import FixedBatches, PatchBatch, PatchPlan, PatchSampler, PatchStream
+from invrecon.data.patches import FixedBatches, PatchBatch, PatchPlan, PatchSampler, PatchStream, batch_generator
 from invrecon.data.phantoms import ellipse_phantom
 from invrecon.data.volume import file_stem
 from invrecon.data.volumes import check_hounsfield, find_volumes, read_volume
@@ -142,6 +142,14 @@ class PriorTraining(lightning.LightningDataModule, ABC):
 
     def _batches_seen(self) -> int:
         return self.trainer.global_step * self.trainer.accumulate_grad_batches if self.trainer else 0
+
+    def batch_counts(self, key: str) -> tuple[int, int]:
+        """Returns patches and pixels that all ranks see in the step of batch `key`: each draws a size of its own."""
+        assert self._train is not None
+        step, ranks = key.partition("/")[0], self.trainer.world_size if self.trainer else 1
+        sizes = [self._train.draw_size(batch_generator(self.seed, f"{step}/{rank}")) for rank in range(ranks)]
+        counts = [self._train.num_patches(size) for size in sizes]
+        return sum(counts), sum(n * size**2 for n, size in zip(counts, sizes, strict=True))
 
     def train_dataloader(self) -> DataLoader:
         """Plans of batches as a function of (seed, rank, step)."""
@@ -366,6 +374,8 @@ class EllipseTraining(PriorTraining):
         super().__init__(
             size, patch_sizes, probabilities, pad, pixels_per_batch, batches_per_epoch, validation_batches, seed
         )
+        if num_phantoms < 1:
+            raise InputError(f"data.num_phantoms is {num_phantoms}, but at least one image has to be learned from.")
         self.num_phantoms, self.disk_diameter = num_phantoms, disk_diameter
 
     def load(self) -> tuple[Tensor, Tensor, Any]:

@@ -336,7 +336,7 @@ class SIRT(Method):
         num_iterations: Most iterations.
         relaxation: Length of a step, in (0, 2).
         discrepancy: Residual at which a sample with noise stops, in units of the noise's; 0 runs all iterations.
-        bounds: The range of the image, such as `(0.0, inf)` for one without negative values; None for any.
+        bounds: The range of the image, such as `(0.0, 1e6)` for one without negative values; None for any.
     """
 
     def __init__(

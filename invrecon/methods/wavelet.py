@@ -241,6 +241,11 @@ class WaveletL1(Method):
         weighted, data, std = count_calls(operator, calls).whiten(y)
         weight = penalty_weight(self.weight, self.noise_weight, std, y, weighted.norm())
         multiple = 2**self.num_scales
+        if multiple > max(operator.image_shape[1:]):
+            raise InputError(
+                f"WaveletL1 halves the sides of the image num_scales = {self.num_scales} times, and those of "
+                f"{tuple(operator.image_shape[1:])} are shorter than {multiple}: set num_scales lower."
+            )
         extended = [-(-n // multiple) * multiple for n in operator.image_shape[1:]]
         wavelets = Wavelets(extended, self.num_scales, self.num_moments, y, operator.complex_images)
         end = self._solve(weighted, data, weight, wavelets)

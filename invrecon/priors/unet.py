@@ -239,7 +239,7 @@ class SmallUNet(UNet):
 
 
 class LargeUNet(UNet):
-    """A network of the published size (PaDIS, NeurIPS 2024): 37 M parameters, for GPUs.
+    """A network of the published widths and depth (PaDIS, NeurIPS 2024), for GPUs: 37 M of its about 60 M parameters.
 
     Args:
         image_channels: Channels of the image.

@@ -22,7 +22,7 @@ class TestTimeAdaptation(Reconstruction):
     The prior itself never changes: an adaptation works on a copy. See `Reconstruction` for everything else.
 
     Args:
-        operator: The physics; for measurement files, its image size and kind of filter.
+        operator: The physics; for measurement files, whose geometry is their own, the size of its images.
         method: The sampler that turns `y` into `x` by means of the adapted prior.
         adaptation: What adapts, and how.
         noise: Noise of simulated measurements; none by default.

@@ -77,7 +77,7 @@ class Reconstruction(lightning.LightningModule):
     geometry. Every draw is a function of (seed, case), so batches and ranks change nothing.
 
     Args:
-        operator: The physics; for measurement files, its image size and kind of filter.
+        operator: The physics; for measurement files, whose geometry is their own, the size of its images.
         method: Turns `y` into `x`.
         noise: Noise of simulated measurements; none by default.
         prior: A prior file, or the bare name of a shipped one; None for methods without a prior.
@@ -140,6 +140,11 @@ class Reconstruction(lightning.LightningModule):
             InputError: If the intensity scales or numbers of channels differ.
         """
         intensity = self._intensity()
+        if isinstance(self.noise, TransmissionPoisson) and not isinstance(self.operator, CT):
+            raise InputError(
+                f"TransmissionPoisson is the noise of photons along rays, and {type(self.operator).__name__} measures "
+                "no line integrals: take another model.noise, as GaussianNoise."
+            )
         if self.card is not None:
             if self.card.intensity != asdict(intensity):
                 raise InputError(

@@ -181,8 +181,9 @@ class ScoreMatching(lightning.LightningModule):
                 "last checkpoint is intact; lower model.learning_rate, or set trainer.precision to 32-true, and run "
                 "again."
             )
-        self.num_patches += len(batch.x) * self.trainer.world_size
-        self.num_pixels += batch.x[:, 0].numel() * self.trainer.world_size
+        patches, pixels = self.data.batch_counts(batch.key)
+        self.num_patches += patches
+        self.num_pixels += pixels
         self.log("train/loss", loss.detach(), prog_bar=True)
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if every and self.global_step % every == 0:

@@ -156,6 +156,8 @@ def test_noise(run: Callable[..., Any], tmp_path: Path) -> None:
 def test_photon_noise_depends_on_a_voxel_size(run: Callable[..., Any], library: Path) -> None:
     poisson = "--model.noise=TransmissionPoisson"
     assert type(run(poisson).model.noise).__name__ == "TransmissionPoisson"
+    with pytest.raises(InputError, match="UniformBlur measures no line integrals"):
+        run(poisson, "--model.operator=UniformBlur")
     with pytest.warns(UserWarning, match=r"ten\.h5 states no voxel size, on which photon noise depends"):
         run(poisson, "--data.slices=0", config="fbp_ct.yaml", data=library / "ten.h5")
 

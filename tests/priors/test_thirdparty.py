@@ -105,6 +105,14 @@ def test_what_shapes_do_not_say_is_asked_for() -> None:
         assert any(option in note for note in notes)
 
 
+@pytest.mark.parametrize(("channels", "expected"), [(3, [-1.0, 1.0]), (1, [0.0, 1.0])])
+def test_networks_of_photographs_are_taken_to_see_them_from_minus_one(channels: int, expected: list[float]) -> None:
+    config = GUIDED | {"image_channels": channels, "out_channels": channels}
+    _, card, notes = convert(Source(foreign(network("guided-diffusion", config))), options(config))
+    assert card.denoiser["data_range"] == expected
+    assert any("Assumed" in note and "--data-range" in note for note in notes)
+
+
 @pytest.mark.parametrize(
     ("base", "multipliers", "resample", "known"),
     [

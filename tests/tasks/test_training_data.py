@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -15,7 +16,7 @@ import torch
 from invrecon.data.augmentation import Augmentation
 from invrecon.data.couches import draw_couch
 from invrecon.data.patches import PatchBatch, PatchStream, fits
-from invrecon.data.training import CTTraining, zoom_out
+from invrecon.data.training import CTTraining, EllipseTraining, zoom_out
 from invrecon.errors import InputError
 from invrecon.rng import make_generator
 from tests.tasks.tiny import make_data
@@ -98,6 +99,25 @@ def split_of(folder: Path, **settings: Any) -> tuple[CTTraining, list[int], list
     train, validation, encode = data.load()
     assert float(encode(train).min()) >= 0 and float(encode(train).max()) <= 1
     return data, *([int(image[0, 0, 1]) // 10 for image in images] for images in (train, validation))
+
+
+def test_patches_of_all_ranks_are_counted() -> None:
+    data = make_data()
+    data.setup()
+    data.trainer = SimpleNamespace(world_size=3, global_step=0)  # type: ignore[assignment]
+    streams = [PatchStream(data._train, data.seed, rank, 20, lambda: 0) for rank in range(3)]
+    counted = []
+    for plans in zip(*streams, strict=True):
+        batches = [data._train.cut(plan).x for plan in plans]
+        expected = (sum(map(len, batches)), sum(x[:, 0].numel() for x in batches))
+        assert {data.batch_counts(plan.key) for plan in plans} == {expected}, "the same on every rank"
+        counted.append(expected[0])
+    assert len(set(counted)) > 1, "ranks draw sizes of their own"
+
+
+def test_phantoms_are_needed_to_learn_from_any() -> None:
+    with pytest.raises(InputError, match="num_phantoms is 0"):
+        EllipseTraining(num_phantoms=0)
 
 
 def test_no_patient_both_trains_and_validates(scans: Callable[..., Path]) -> None:

@@ -104,9 +104,13 @@ def convert(source: Source, options: Options) -> tuple[dict[str, Tensor], PriorC
     }
     frame = framing(network, stated, options, notes)
     denoiser = prediction(network, stated, options, notes)
-    low, high = denoiser["data_range"] = list(options.data_range or (0.0, 1.0))
+    colour = network["image_channels"] == 3  # published networks of photographs see them from -1 to 1
+    low, high = denoiser["data_range"] = list(options.data_range or ((-1.0, 1.0) if colour else (0.0, 1.0)))
     if options.data_range is None:
-        notes.append("Assumed: images of the network's own intensity, 0 to 1 (else --data-range, as -1 1).")
+        notes.append(
+            f"Assumed: images of the network's own intensity, {low:g} to {high:g}, as most networks of "
+            f"{'colour' if colour else 'grey or complex'} images (else --data-range, as {'0 1' if colour else '-1 1'})."
+        )
     if options.intensity is None:
         notes.append("Assumed: nothing on the physical intensity of 0 and 1 (--intensity -1000 3000 HU for CT).")
     denoiser["position_scale"] = frame.pop("position_scale")
