@@ -1,7 +1,7 @@
 """Makes the CT that ships in `data/` from the lung scan of the pyradiomics package.
 
-    pip download pyradiomics==3.1.0 --no-binary :all: --no-deps   # then unpack it
-    python scripts/make_sample_data.py pyradiomics-3.1.0/data/lung2_image.nrrd data
+    python scripts/make_sample_data.py                            # has pip fetch the package's source distribution
+    python scripts/make_sample_data.py lung2_image.nrrd --output data
 
 Writes `lung2_sample.h5` (ten slices at 256 x 256) and `lung2_measurement.h5` (sinograms of three others,
 without any reference). The source may also be the same scan as HDF5.
@@ -10,6 +10,10 @@ without any reference). The source may also be the same scan as HDF5.
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +24,10 @@ from invrecon.data.intensity import Intensity
 from invrecon.data.measurement import write_measurement
 from invrecon.data.volume import Volume
 from invrecon.data.volumes import open_volume
+from invrecon.errors import InputError
 from invrecon.files import atomic_h5
 from invrecon.operators import ParallelBeamCT
+from invrecon.priors.weights import file_hash
 from invrecon.rng import make_generators
 
 SIZE = 256
@@ -32,6 +38,31 @@ MEASURED = (22, 31, 42)
 NUM_VIEWS = 20
 RELATIVE_NOISE = 0.01
 SEED = 0
+PACKAGE = "pyradiomics==3.1.0"
+ARCHIVE_SHA256 = "24722c962a6bbd09bc39c1c67dbffe92435f9692a421fabaae8a6b4511eb48e4"
+SCAN_SHA256 = "aa2b94eec79127ed786798ac8dc3c013010e1692d5787bebfae1a1e9685a4651"
+
+
+def fetch(folder: Path) -> Path:
+    """Returns the scan, out of the package's source distribution, which pip unpacks under a folder.
+
+    What pip does after that, asking the package for its metadata, may fail: only the unpacked files are wanted.
+
+    Raises:
+        InputError: If pip brought nothing, or not the archive or the scan whose hashes `data/README.md` states.
+    """
+    (folder / "requirements.txt").write_text(f"{PACKAGE} --hash=sha256:{ARCHIVE_SHA256}\n")
+    command = [sys.executable, "-m", "pip", "download", "-r", "requirements.txt", "--no-binary", ":all:", "--no-deps"]
+    command += ["--no-build-isolation", "--no-clean", "--progress-bar", "off"]
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, "TMPDIR": str(folder)}, capture_output=True, text=True, check=False
+    )
+    found = sorted(folder.rglob("data/lung2_image.nrrd"))
+    if not found:
+        raise InputError(f"pip brought no {PACKAGE}; it says: {done.stderr.strip() or done.stdout.strip()}")
+    if (sha256 := file_hash(found[0])) != SCAN_SHA256:
+        raise InputError(f"data/lung2_image.nrrd of {PACKAGE} has the SHA-256 {sha256}, expected {SCAN_SHA256}.")
+    return found[0]
 
 
 def write_sample(volume: Volume, path: Path) -> None:
@@ -75,13 +106,17 @@ def write_sinograms(volume: Volume, path: Path) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="Make the CT sample that ships in data/.")
-    parser.add_argument("source", help="lung2_image.nrrd, or the same scan as HDF5")
-    parser.add_argument("output", type=Path, help="the folder to write to")
+    parser.add_argument("source", nargs="?", help="lung2_image.nrrd, or the same scan as HDF5 (else pip fetches it)")
+    parser.add_argument("--output", type=Path, default=Path("data"), help="the folder to write to")
     options = parser.parse_args()
-    volume = open_volume(options.source)
-    write_sample(volume, options.output / "lung2_sample.h5")
-    write_sinograms(volume, options.output / "lung2_measurement.h5")
+    with tempfile.TemporaryDirectory() as folder:
+        volume = open_volume(options.source or fetch(Path(folder)))
+        write_sample(volume, options.output / "lung2_sample.h5")
+        write_sinograms(volume, options.output / "lung2_measurement.h5")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"make_sample_data.py: {error}")

@@ -5,6 +5,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import nibabel
@@ -16,6 +17,7 @@ from invrecon.data.measurement import is_measurement, open_measurement
 from invrecon.data.mri import MRIData
 from invrecon.data.reconstruction import ReconstructionData
 from invrecon.data.volumes import open_volume, read_volume
+from invrecon.errors import InputError
 
 ENV = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 
@@ -56,12 +58,32 @@ def test_the_script_that_made_them_runs(root: Path, write_h5, tmp_path: Path):
         sys.executable,
         str(root / "scripts" / "make_sample_data.py"),
         str(source),
+        "--output",
         str(tmp_path / "out"),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=root, env=ENV)
     assert done.returncode == 0, done.stderr
     assert open_volume(tmp_path / "out" / "lung2_sample.h5").shape == (10, 256, 256)
     assert open_measurement(tmp_path / "out" / "lung2_measurement.h5").shape == (3, 20, 512)
+
+
+def test_what_pip_brings_is_the_scan_or_refused(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    script = runpy.run_path(str(root / "scripts" / "make_sample_data.py"))
+
+    def pip(command: list[str], cwd: Path, **more: object) -> SimpleNamespace:
+        assert "--hash=sha256:" in (cwd / "requirements.txt").read_text() and "download" in command
+        if brought is not None:
+            (cwd / "pip" / "data").mkdir(parents=True)
+            (cwd / "pip" / "data" / "lung2_image.nrrd").write_bytes(brought)
+        return SimpleNamespace(stderr="no matching distribution", stdout="", returncode=1)
+
+    monkeypatch.setattr(subprocess, "run", pip)
+    brought: bytes | None = None
+    with pytest.raises(InputError, match="it says: no matching distribution"):
+        script["fetch"](tmp_path)
+    brought = b"another scan"
+    with pytest.raises(InputError, match="expected aa2b94ee"):
+        script["fetch"](tmp_path)
 
 
 def test_the_brain_is_a_mirrored_average_in_empty_space(root: Path):
