@@ -96,6 +96,8 @@ def open_cfl(path: Path) -> np.ndarray:
             "numbers, as BART writes them."
         ) from error
     dims += [1] * (16 - len(dims))
+    while len(dims) > 16 and dims[-1] == 1:
+        dims.pop()
     num = path.stat().st_size // 8 if path.is_file() else 0
     if num != np.prod(dims):
         raise InputError(
@@ -103,7 +105,7 @@ def open_cfl(path: Path) -> np.ndarray:
             f"{num}: the header belongs to other data, or the data are truncated."
         )
     plane = [axis for axis in range(3) if dims[axis] > 1]
-    others = [axis for axis in range(4, 16) if dims[axis] > 1 and axis != 13]
+    others = [axis for axis in range(4, len(dims)) if dims[axis] > 1 and axis != 13]
     if len(plane) != 2 or others:
         raise InputError(
             f"{path} has the dimensions {dims}, expected one plane of k-space, coils and slices (dimension 13): "

@@ -71,6 +71,7 @@ class FastMRIFile(KSpace):
                 f"The ISMRMRD header of {path} is not understood ({brief(error)}); expected XML with encodedSpace, "
                 "reconSpace and encodingLimits, as fastMRI's files have it."
             ) from error
+        check_cartesian(path, header)
         check_matrix(path, encoded[:2], shape[2:])
         height, width = min(asked[0], shape[2]), min(asked[1], shape[3])
         self.shape = (shape[0], shape[1], height, shape[3])
@@ -109,6 +110,28 @@ def header_values(header: bytes | str, space: str, entry: str) -> tuple[float, f
     if not all(0 < value < float("inf") for value in (x, y, z)):
         raise ValueError(f"{space}/{entry} is {x:g} x {y:g} x {z:g}, and has to be positive")
     return x, y, z
+
+
+def header_entry(header: bytes | str, path: Sequence[str], default: str) -> str:
+    """Returns an entry of the header by its path; the default if it is not stated."""
+    from xml.etree import ElementTree
+
+    from fastmri.data.mri_data import et_query
+
+    try:
+        return str(et_query(ElementTree.fromstring(header), path))
+    except RuntimeError:
+        return default
+
+
+def check_cartesian(path: Path, header: bytes | str) -> None:
+    """Raises InputError if the header says that the readouts are no lines of a Cartesian grid."""
+    trajectory = header_entry(header, ["encoding", "trajectory"], "cartesian").strip().lower()
+    if trajectory != "cartesian":
+        raise InputError(
+            f"The header of {path} says that its trajectory is '{trajectory}', expected 'cartesian': readouts of "
+            "others are no lines of k-space. Grid or correct them first, or correct the header."
+        )
 
 
 def check_matrix(path: Path, encoded: tuple[int, ...], shape: tuple[int, ...]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from invrecon.data.fastmri_files import header_values
+from invrecon.data.fastmri_files import check_cartesian, header_entry, header_values
 from invrecon.data.hdf5 import brief, open_hdf5
 from invrecon.data.kspace import KSpace
 from invrecon.errors import InputError
@@ -27,6 +27,8 @@ PATIENT = ["subjectInformation", "patientID"]
 NOISE, CALIBRATION, REVERSED = 19, 20, 22
 LEAST_SAMPLES = 10  # of noise, a coil
 NOT_IMAGING = (NOISE, 23, 24, 26, 27, 28, 29, 30, 31)
+HEAD = ("flags", "idx", "active_channels", "center_sample", "trajectory_dimensions", "number_of_samples")
+INDEX = ("slice", "kspace_encode_step_1")
 SINGLE = ("kspace_encode_step_2", "contrast", "phase", "repetition", "set")
 
 
@@ -50,13 +52,17 @@ class ISMRMRDFile(KSpace):
                 asked = header_values(xml, "reconSpace", "matrixSize")
                 field = header_values(xml, "encodedSpace", "fieldOfView_mm")
                 self.voxel_mm = (field[2] / encoded[2], field[0] / encoded[0], field[1] / encoded[1])
-                self._centre = int(float(_entry(xml, CENTRE, str(int(encoded[1]) // 2))))
-                patient = _entry(xml, PATIENT, "")
+                self._centre = int(float(header_entry(xml, CENTRE, str(int(encoded[1]) // 2))))
+                patient = header_entry(xml, PATIENT, "")
+                self._bandwidth = float(header_entry(xml, BANDWIDTH, "1"))
+                if lacking := {*HEAD} - {*heads.dtype.names} or {*INDEX, *SINGLE} - {*heads["idx"].dtype.names}:
+                    raise ValueError(f"the heads of the readouts lack {', '.join(sorted(lacking))}")
             except Exception as error:
                 raise InputError(
                     f"The ISMRMRD header of {path} is not understood ({brief(error)}); expected '{GROUP}/xml' with "
                     f"encodedSpace and reconSpace, and readouts in '{GROUP}/data'."
                 ) from error
+        check_cartesian(path, xml)
         skipped = sum(1 << (number - 1) for number in NOT_IMAGING)
         chosen = (heads["flags"] & np.uint64(skipped)) == 0
         if "encoding_space_ref" in (heads.dtype.names or ()):
@@ -71,7 +77,7 @@ class ISMRMRDFile(KSpace):
         slices = self._heads["idx"]["slice"]
         num_coils = int(self._heads["active_channels"][0])
         self._finish((int(slices.max()) + 1, num_coils, *self._encoded), patient)
-        self._noise_heads, self._xml = heads, xml
+        self._noise_heads = heads
         height, width = min(int(asked[0]), self._encoded[0]), min(int(asked[1]), self._encoded[1])
         self.shape, self.matrix = (*self.shape[:2], height, self._encoded[1]), (height, width)
         columns = np.unique(self._columns())
@@ -110,8 +116,7 @@ class ISMRMRDFile(KSpace):
                 "data.prewhiten to false."
             )
         lines = np.unique(np.stack((self._heads["idx"]["slice"], self._columns())), axis=1).shape[1]
-        bandwidth = float(_entry(self._xml, BANDWIDTH, "1"))
-        scale = lines / (len(self._lines) * (bandwidth if bandwidth > 0 else 1.0))
+        scale = lines / (len(self._lines) * (self._bandwidth if self._bandwidth > 0 else 1.0))
         if "sample_time_us" in (heads.dtype.names or ()):
             noise_time, time = float(heads["sample_time_us"][chosen[0]]), float(self._heads["sample_time_us"][0])
             scale *= noise_time / time if noise_time > 0 and time > 0 else 1.0
@@ -174,15 +179,3 @@ def is_ismrmrd(file: Any) -> bool:
     """Whether an open HDF5 file is ISMRMRD raw data."""
     group = file.get(GROUP)
     return hasattr(group, "keys") and "xml" in group and "data" in group
-
-
-def _entry(xml: bytes | str, path: list[str], default: str) -> str:
-    """Returns an entry of the header; the default if it is not stated."""
-    from xml.etree import ElementTree
-
-    from fastmri.data.mri_data import et_query
-
-    try:
-        return str(et_query(ElementTree.fromstring(xml), path))
-    except RuntimeError:
-        return default

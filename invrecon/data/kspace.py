@@ -118,7 +118,7 @@ class KSpace(ABC):
                 f"The k-space of {self.path} has {what}, expected (slices, coils, rows, columns) with at least one of "
                 "each; see that the file was written to the end."
             )
-        if shape[1] > min(shape[2:]):
+        if not self.is_named and shape[1] > min(shape[2:]):
             raise InputError(
                 f"The k-space of {self.path} has the shape {shape}: {shape[1]} coils of {shape[2]} x {shape[3]}. "
                 "Expected is (slices, coils, rows, columns); bring the axes into that order."
@@ -214,7 +214,8 @@ def measured_scale(kspace: Tensor, mask: Tensor, maps: Tensor | None = None) -> 
 
     by 20 iterations of CG from zero, `lam = 1e-3` (SENSE). By the calibration region alone the scale would depend on
     the mask: an eighth of k-space has 24 x 10 samples there where training has 24 x 24, and reads 0.7 to 0.9 of
-    training's scale, this 0.83 to 0.98 (three slices of a training volume). Nothing but the measurement is needed.
+    training's scale, this 0.83 to 0.98 (three slices of a training volume; above 1, at times by far, where so few
+    samples make no good maps). Nothing but the measurement is needed.
 
     Source: of SENSE, Pruessmann et al., MRM 46 (2001); the scale from it is ours.
 

@@ -48,7 +48,7 @@ def open_kspace(path: Path, dataset: str = "data") -> KSpace:
 
 
 def is_kspace(path: Path, dataset: str = "data") -> bool:
-    """Tells k-space from magnitude volumes; a file that is damaged or missing is none."""
+    """Tells k-space from magnitude volumes, by the name if it says so; any other that is damaged or missing is none."""
     if suffix_of(path) in (*ARRAY_SUFFIXES, ".hdr"):
         return True
     if path.is_dir() or suffix_of(path) not in (*HDF5_SUFFIXES, RAW_SUFFIX):
@@ -58,4 +58,4 @@ def is_kspace(path: Path, dataset: str = "data") -> bool:
             array = file.get(dataset)
             return is_ismrmrd(file) or "kspace" in file or getattr(getattr(array, "dtype", None), "kind", "") == "c"
     except InputError:
-        return False
+        return suffix_of(path) == RAW_SUFFIX  # of which opening says what is wrong

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,15 @@ from invrecon.data.training import PriorTraining, distinct_names, held_out_names
 from invrecon.data.volume import Volume, suffix_of
 from invrecon.data.volumes import find_volumes, open_volume
 from invrecon.errors import InputError
-from invrecon.operators.coils import CoilMaps, ESPIRiT, prewhiten, simulated_maps, smooth_phase, with_phase
+from invrecon.operators.coils import (
+    CoilMaps,
+    ESPIRiT,
+    aligned_maps,
+    prewhiten,
+    simulated_maps,
+    smooth_phase,
+    with_phase,
+)
 from invrecon.operators.mri import CartesianMRI
 from invrecon.operators.sampling import Sampling
 from invrecon.rng import make_generator
@@ -135,19 +144,27 @@ class MRIData(ReconstructionData):
                 raise InputError(f"{str(error).rstrip('.')}; or set data.prewhiten to false.") from None
             std = covariance.diagonal()[0].median().sqrt()  # of a typical coil: images keep the file's units, all alike
             full = std * white
-        complete = not file.states_mask and is_block(mask)
+        complete, measured = not file.states_mask and is_block(mask), mask
         if complete:
             mask = mask & self._draw_mask(mask, name)
         y = full * mask[..., None]
         maps = self.maps(y, mask) if file.shape[1] > 1 else None
         scale = measured_scale(y, mask, maps)
+        if not 0 < scale < math.inf:
+            raise InputError(
+                f"The image has a scale of {scale:g}, too far from 1 for single precision: rescale k-space."
+            )
         if std is None and self.estimate_noise:
             std = estimate_noise(y, mask)
         if std is not None:
             std = std.squeeze() / scale if std.numel() == 1 else std.reshape(-1, 1, 1, 1) / scale
         reference = None
         if complete:
-            reference = CartesianMRI((mask.shape[0], mask.shape[1]), maps=maps).adjoint(full[None])[0] / scale
+            # By maps of all of it: where those of the measurement fail, and are zero, the image has to be missed.
+            own = maps
+            if maps is not None and not torch.equal(mask, measured):
+                own = aligned_maps(maps, self.maps(full, measured))
+            reference = CartesianMRI((mask.shape[0], mask.shape[1]), maps=own).adjoint(full[None])[0] / scale
         return Case(
             id=name,
             patient=file.patient,

@@ -65,9 +65,10 @@ class Volume(ABC):
             ) from error
         bad = int((~torch.isfinite(pixels)).sum())
         if bad:
+            air = " (air is -1024 HU)" if self.units == "HU" else ""
             raise InputError(
                 f"Slice {index} of {self.path} has {bad} NaN or Inf voxels of {pixels.numel()}, expected "
-                f"finite {self.units} everywhere; replace them (air is -1024 HU) or leave the slice out."
+                f"finite {self.units} everywhere; replace them{air} or leave the slice out."
             )
         return pixels
 

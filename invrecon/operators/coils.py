@@ -16,6 +16,7 @@ from invrecon.operators.sampling import calibration_region
 
 Size = tuple[int, int]
 LEAST_ACS = 4  # side of the calibration region
+MOST_LOST = 0.1  # share of the calibration image's energy that may lie where the maps are zero
 
 
 class CoilMaps(ABC):
@@ -67,11 +68,31 @@ class CoilMaps(ABC):
                 "The calibration region (ACS) of the k-space is zero throughout, so there is nothing to estimate coil "
                 "maps from: see that the k-space is centred."
             )
-        return complex_to_pairs(self._estimate(z, rows, columns))
+        maps = self._estimate(z, rows, columns)
+        centre = torch.zeros_like(z)
+        centre[:, rows, columns] = z[:, rows, columns]
+        energy = ifft2c(centre).abs().square().sum(0)
+        lost = float(energy[~maps.any(0)].sum() / energy.sum())
+        if lost > MOST_LOST:
+            warnings.warn(
+                f"The maps of {type(self).__name__} are zero where {lost:.0%} of the energy of the calibration image "
+                "is, and so will the image be: lower kernel_size or crop, or measure more of the centre of k-space.",
+                stacklevel=2,
+            )
+        return complex_to_pairs(maps)
 
     @abstractmethod
     def _estimate(self, z: Tensor, rows: slice, columns: slice) -> Tensor:
         """Returns complex maps `(coils, H, W)` of complex k-space, from its `rows` and `columns`."""
+
+
+def aligned_maps(maps: Tensor, others: Tensor) -> Tensor:
+    """Returns other maps `(coils, H, W, 2)` of the same coils with the common phase that `maps` have, where they do.
+
+    Images combined by either then have one phase: `others` times `conj(p) / |p|`, `p = sum_c others_c conj(maps_c)`.
+    """
+    z, w = pairs_to_complex(others), pairs_to_complex(maps)
+    return complex_to_pairs(z * torch.exp(-1j * (z * w.conj()).sum(0).angle()))
 
 
 class ESPIRiT(CoilMaps):

@@ -73,10 +73,11 @@ class RelativeGaussianNoise(NoiseModel):
     """White Gaussian noise relative to each sample's signal: `y' = y + level mean|y| n`.
 
     Barbano, Denker et al., Steerable conditional diffusion, IEEE TMI 2025, use level 0.01. The level reported
-    is `level mean|y'|`; the two means agree to a fraction of a per cent.
+    is `level mean|y'|`; the two means agree to a fraction of a per cent. In the mean of k-space the samples that were
+    not measured count as zeros, so that the level falls with the acceleration: `SNRNoise` has one that does not.
 
     Args:
-        level: Standard deviation divided by the mean absolute measurement.
+        level: Standard deviation divided by the mean absolute value of the array of measurements.
     """
 
     def __init__(self, level: float = 0.01) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,9 +102,16 @@ def _volume_row(store: PredictionStore, case: str, names: Sequence[str]) -> dict
         estimates.append(torch.from_numpy(part.arrays["mean"]))
         indices.append(part.index)
     target, estimate, maximum = torch.stack(targets), torch.stack(estimates), part.row.get("max")
+    if maximum is not None and not 0.1 < maximum / float(target.max()) < 10:
+        warnings.warn(
+            f"The attribute 'max' of {part.source} is {maximum:g}, and its images reach {float(target.max()):g}: the "
+            "metrics of the volume take the latter.",
+            stacklevel=2,
+        )
+        maximum = None
     row = {"case": case, "num_slices": len(names), "max": maximum or float(target.max())}
     row |= volume_metrics(target, estimate, maximum)
     stored = read_target(Path(part.source), indices)
-    if stored is not None and stored.shape == estimate.shape and stored.any():
+    if stored is not None and stored.shape == estimate.shape and stored.any() and stored.isfinite().all():
         row |= {f"{name}_stored": value for name, value in volume_metrics(stored, estimate, maximum).items()}
     return row

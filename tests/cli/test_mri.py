@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -179,9 +180,10 @@ def test_volumes_are_judged_as_fastmri_judges_them(result: Path, scans: Path) ->
     with open(result / "predict" / "volumes.csv") as file:
         (row,) = csv.DictReader(file)
     mean = read(result / "predict" / "brain.h5")
-    assert float(row["nmse"]) == pytest.approx(float(fastmri.evaluate.nmse(target, mean)), rel=1e-4)
-    assert float(row["psnr"]) == pytest.approx(float(fastmri.evaluate.psnr(target, mean, largest)), abs=1e-3)
-    assert float(row["ssim"]) == pytest.approx(float(fastmri.evaluate.ssim(target, mean, largest)[0]), abs=1e-4)
+    # The reference has maps of the whole scan, which are nearly those of the measurement.
+    assert float(row["nmse"]) == pytest.approx(float(fastmri.evaluate.nmse(target, mean)), rel=2e-3)
+    assert float(row["psnr"]) == pytest.approx(float(fastmri.evaluate.psnr(target, mean, largest)), abs=1e-2)
+    assert float(row["ssim"]) == pytest.approx(float(fastmri.evaluate.ssim(target, mean, largest)[0]), abs=1e-3)
     assert float(row["max"]) == pytest.approx(largest)
     with h5py.File(scans / "brain.h5") as file:
         stored = file["reconstruction_rss"][()]
@@ -198,6 +200,21 @@ def test_volumes_are_judged_as_fastmri_judges_them(result: Path, scans: Path) ->
     page = (result / "predict" / "report.html").read_text()
     assert f"NMSE {float(row['nmse']):.4f}, PSNR {float(row['psnr']):.2f} dB" in page
     assert f"NMSE {float(row['nmse_stored']):.4f}, PSNR {float(row['psnr_stored']):.2f} dB" in page
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1e6])
+def test_a_maximum_that_is_none_is_told_and_not_taken(
+    factor: float, scans: Path, tmp_path: Path, invrecon: Callable[..., Any]
+) -> None:
+    (tmp_path / "scan").mkdir()
+    with h5py.File(shutil.copy(scans / "brain.h5", tmp_path / "scan" / "brain.h5"), "r+") as file:
+        file.attrs["max"] *= factor
+        file["reconstruction_rss"][0, 0, 0] = np.nan
+    with pytest.warns(UserWarning, match="'max' of .*brain.h5"):
+        invrecon(arguments("test", "zero_filled_mri", tmp_path / "scan", tmp_path / "out"))
+    with open(tmp_path / "out" / "volumes.csv") as file:
+        (row,) = csv.DictReader(file)
+    assert 5 < float(row["psnr"]) < 60 and not row.get("psnr_stored")
 
 
 def test_what_is_known_of_a_volume_is_kept(

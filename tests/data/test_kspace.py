@@ -380,6 +380,68 @@ def test_a_header_of_other_readouts_is_refused(tmp_path: Path, kspace: Tensor) -
         open_kspace(write_ismrmrd(tmp_path / "a.h5", kspace, header=header))
 
 
+@pytest.mark.parametrize("kind", ["radial", "EPI", "goldenangle"])
+def test_readouts_that_a_header_says_are_no_lines_are_refused(kind: str, tmp_path: Path, kspace: Tensor) -> None:
+    plain = fastmri_header((H, W), (H, W), (5.0, 1.0, 1.0))
+    header = plain.replace(b">cartesian<", f">{kind}<".encode())
+    assert header != plain
+    with pytest.raises(InputError, match=rf"trajectory is '{kind.lower()}', expected 'cartesian'"):
+        open_kspace(write_ismrmrd(tmp_path / "a.mrd", kspace, header=header))
+    write_fastmri(tmp_path / "b.h5", kspace)
+    change(tmp_path / "b.h5", lambda file: replace_header(file, header))
+    with pytest.raises(InputError, match=rf"trajectory is '{kind.lower()}', expected 'cartesian'"):
+        open_kspace(tmp_path / "b.h5")
+
+
+@pytest.mark.parametrize("name", ["flags", "center_sample", "number_of_samples"])
+def test_readouts_whose_heads_lack_something_are_refused(name: str, tmp_path: Path, kspace: Tensor) -> None:
+    path = write_ismrmrd(tmp_path / "a.mrd", kspace)
+    with h5py.File(path, "r+") as file:
+        whole = file[GROUP]["data"][:]
+        kept = [field for field in whole["head"].dtype.names if field != name]
+        parts = np.dtype([("head", whole["head"][kept].dtype), *((n, whole.dtype[n]) for n in ("traj", "data"))])
+        data = np.zeros(len(whole), dtype=parts)
+        for field in kept:
+            data["head"][field] = whole["head"][field]
+        data["data"], data["traj"] = whole["data"], whole["traj"]
+        del file[GROUP]["data"]
+        file[GROUP].create_dataset("data", data=data)
+    with pytest.raises(InputError, match=f"heads of the readouts lack {name}"):
+        open_kspace(path)
+
+
+def test_a_bandwidth_in_words_is_refused(tmp_path: Path, kspace: Tensor) -> None:
+    header = fastmri_header((H, W), (H, W), (5.0, 1.0, 1.0)).replace(b"</ismrmrdHeader>", b"")
+    entry = b"<relativeReceiverNoiseBandwidth>wide</relativeReceiverNoiseBandwidth>"
+    header += b"<acquisitionSystemInformation>" + entry + b"</acquisitionSystemInformation></ismrmrdHeader>"
+    with pytest.raises(InputError, match=r"header of .* is not understood .*'wide'"):
+        open_kspace(write_ismrmrd(tmp_path / "a.mrd", kspace, header=header))
+
+
+@pytest.mark.parametrize("size", [0, 500, 3000])
+def test_truncated_raw_data_are_no_volume(size: int, tmp_path: Path, kspace: Tensor) -> None:
+    path = write_ismrmrd(tmp_path / "a.mrd", kspace)
+    path.write_bytes(path.read_bytes()[:size])
+    assert is_kspace(path)
+    with pytest.raises(InputError, match=r"truncated|not HDF5"):
+        open_kspace(path)
+
+
+def test_bart_headers_may_have_more_ones(tmp_path: Path, kspace: Tensor) -> None:
+    dims = [H, W, 1, COILS, *[1] * 9, N, *[1] * 5]
+    assert torch.equal(open_kspace(write_cfl(tmp_path / "a.cfl", kspace, dims)).read(1)[0], kspace[1])
+    with pytest.raises(InputError, match="one plane of k-space"):
+        open_kspace(write_cfl(tmp_path / "b.cfl", kspace, [H, W, 1, COILS, *[1] * 13, N]))
+
+
+def test_many_coils_of_a_small_image_are_read_where_the_format_says_what_is_what(tmp_path: Path) -> None:
+    kspace = torch.randn(1, 9, 8, 8, 2)
+    write_fastmri(tmp_path / "a.h5", kspace)
+    assert open_kspace(tmp_path / "a.h5").shape == (1, 9, 8, 8)
+    with pytest.raises(InputError, match=r"9 coils of 8 x 8.*bring the axes"):
+        open_kspace(write_npy(tmp_path / "a.npy", kspace))
+
+
 @pytest.mark.parametrize(
     ("shape", "arguments", "message"),
     [

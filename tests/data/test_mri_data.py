@@ -186,9 +186,38 @@ def test_coils_whose_noise_is_known_are_whitened(truth: tuple[Tensor, Tensor], t
     fainter = noisy_scan(tmp_path / "b.h5", mixing, 0.1 * truth[1], 0.2 * UNIT)
     other_std = whole_case(MRIData(str(fainter), sampling=SAMPLING))
     assert float(other_std.noise_std) * other_std.scale == pytest.approx(std), "whatever the coils see"
-    for found in (case, raw):  # judged in units of their own, the whitened one by the whitened whole
+    quiet = noisy_scan(tmp_path / "c.h5", mixing, truth[1], 0.02 * UNIT)
+    for on in (True, False):  # judged in units of their own, the whitened one by the whitened whole
+        found = whole_case(MRIData(str(quiet), sampling=SAMPLING, prewhiten=on))
         image = CartesianMRI(SIZE, maps=found.maps).adjoint(found.measurement[None])[0]
-        assert float((image - found.reference).norm() / found.reference.norm()) < 0.7
+        assert float((image - found.reference).norm() / found.reference.norm()) < 0.2
+
+
+def test_where_maps_fail_the_reference_does_not(folder: Path) -> None:
+    class Half(LowResolutionMaps):
+        """Fails in the left half where a part was measured."""
+
+        def __call__(self, kspace: Tensor, mask: Tensor | None = None) -> Tensor:
+            maps = super().__call__(kspace, mask)
+            if bool((kspace == 0).any()):
+                maps[:, :, : SIZE // 2] = 0
+            return maps
+
+    path = str(folder / "many.h5")
+    found, sound = (whole_case(MRIData(path, sampling=SAMPLING, maps=m)) for m in (Half(), LowResolutionMaps()))
+    one, other = (case.scale * case.reference for case in (found, sound))
+    assert not found.maps[:, :, : SIZE // 2].any()
+    torch.testing.assert_close(one.norm(dim=0), other.norm(dim=0))  # magnitudes: what is missed counts
+    right = (..., slice(SIZE // 2, None))
+    torch.testing.assert_close(one[right], other[right])  # and its phase is the image's
+
+
+def test_maps_that_are_zero_within_the_image_are_told(folder: Path, recwarn: pytest.WarningsRecorder) -> None:
+    path = str(folder / "many.h5")
+    whole_case(MRIData(path, sampling=SAMPLING, maps=LowResolutionMaps(crop=0.05)))
+    assert not [w for w in recwarn if "energy of the calibration" in str(w.message)]
+    with pytest.warns(UserWarning, match=r"LowResolutionMaps are zero where \d+% of the energy"):
+        whole_case(MRIData(path, sampling=SAMPLING, maps=LowResolutionMaps(crop=0.7)))
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,9 @@ class ASeqDIP(NetworkFit):
     $$ \theta_{k+1} \approx \arg\min_\theta \|A f_\theta(z_k) - y\|^2 + \lambda \|A\|^2 \|f_\theta(z_k) - z_k\|^2,
        \quad z_{k+1} = f_{\theta_{k+1}}(z_k) $$
 
-    by `num_inner` steps of Adam a round, weights and moments going on. The second term slows the fit of the noise.
+    by `num_inner` steps of Adam a round, weights and moments going on. The second term slows the fit of the noise. The
+    published code for MRI also puts the measured samples back into the next input; here the input is the output itself,
+    for every operator.
 
     No evaluations of a prior: a forward and a backward pass of the fitted network an iteration (at most 3000), two
     operator calls each, and a forward pass between rounds. Asks of the operator that gradients go through it, a direct
