@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import logging
-import re
 import shlex
 import sys
 import time
@@ -32,52 +30,37 @@ import invrecon.data.reconstruction
 import invrecon.data.training
 import invrecon.methods
 import invrecon.operators
+import invrecon.priors.layouts
 import invrecon.priors.unet
 import invrecon.tasks.adaptation
 import invrecon.tasks.reconstruction
 import invrecon.tasks.score_matching
-from invrecon.adapt.base import Adaptation
-from invrecon.adapt.losses import SelfSupervisedLoss
-from invrecon.adapt.stopping import HeldOutViews
-from invrecon.adapt.trainable import Trainable
 from invrecon.allocator import keep_freed_memory
 from invrecon.arguments import carried_over, refuse_null, spell
+from invrecon.complaints import complaint
 from invrecon.discovery import reach_named_files
 from invrecon.errors import InputError
 from invrecon.precision import training_precision
-from invrecon.priors import layouts
 from invrecon.report.writer import ResultWriter
 from invrecon.tasks.checkpoint import AtomicCheckpointIO, ExportPrior
 from invrecon.tasks.previews import TrainingPreviews
 from invrecon.tasks.progress import RunProgress
 from invrecon.tasks.same_run import SameRun, began_from, what_decides
 
+COMMANDS = {
+    "fit": "learns a prior",
+    "validate": "measures its loss",
+    "test": "reconstructs cases whose truth is known, and judges",
+    "predict": "reconstructs and writes images",
+    "tune": "searches a method's settings",
+    "import-weights": "makes a prior of others' weights",
+}
 # What a model and its data must have for a command.
 HOOKS = {
     "fit": ("training_step", "train_dataloader"),
     "validate": ("validation_step", "val_dataloader"),
     "test": ("test_step", "test_dataloader"),
     "predict": ("predict_step", "predict_dataloader"),
-}
-# Where the classes are that an argument of the model takes (or one of a class of its own kind), for messages.
-CHOICES: dict[str, tuple[Any, type]] = {
-    "method": (invrecon.methods, invrecon.methods.Method),
-    "operator": (invrecon.operators, invrecon.operators.LinearOperator),
-    "noise": (invrecon.operators, invrecon.operators.NoiseModel),
-    "TestTimeAdaptation.method": (invrecon.methods, invrecon.methods.Sampler),
-    "expectation": (invrecon.methods, invrecon.methods.Sampler),
-    "adaptation": (invrecon.adapt, Adaptation),
-    "held_out": (invrecon.adapt, HeldOutViews),
-    "trainable": (invrecon.adapt, Trainable),
-    "loss": (invrecon.adapt, SelfSupervisedLoss),
-    "layout": (layouts, layouts.Layout),
-    "stop": (invrecon.methods, invrecon.methods.StoppingRule),
-    "start": (invrecon.methods, invrecon.methods.Start),
-    "schedule": (invrecon.methods, invrecon.methods.Schedule),
-    "conditioning": (invrecon.methods, invrecon.methods.Conditioning),
-    "transition": (invrecon.methods, invrecon.methods.Transition),
-    "sampling": (invrecon.operators, invrecon.operators.Sampling),
-    "maps": (invrecon.operators, invrecon.operators.CoilMaps),
 }
 
 
@@ -315,25 +298,6 @@ def default_output(command: str, config_name: str) -> Path:
     return Path("outputs") / command / time.strftime("%Y-%m-%d_%H-%M-%S")
 
 
-def complaint(text: str) -> str:
-    """Says in one sentence what is wrong, from a parser's error, which goes through every type that it has tried."""
-    key = ".".join(re.findall(r'Parser key "([\w.]+)"', text))
-    name = re.search(r"Expected a dot import path string: (\S+)", text)
-    argument = key.rpartition(".")[2]
-    owner = (re.findall(r"class_path '(?:\w+\.)*(\w+)'", text) or [""])[-1]
-    module, kind = CHOICES.get(f"{owner}.{argument}", CHOICES.get(argument, (None, object)))
-    if name and module:
-        classes = [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, kind)]
-        names = sorted(c.__name__ for c in classes if not inspect.isabstract(c))
-        return f"{key} is '{name[1]}', expected one of {', '.join(names)}."
-    noise = (
-        r"Parser key|Does not validate|Subtypes:|Errors:|Expected a <class 'NoneType'>|Given value|Problem with given"
-    )
-    lines = [line.strip(" -.") for line in text.splitlines()]
-    wrong = "; ".join(line for line in lines if line and not re.match(noise, line))
-    return f"{key + ': ' if key else ''}{wrong}. `invrecon COMMAND --help` lists what there is."
-
-
 def main(args: list[str] | None = None) -> InvreconCLI | None:
     """Runs the command line.
 
@@ -342,7 +306,7 @@ def main(args: list[str] | None = None) -> InvreconCLI | None:
 
     Returns:
         The CLI object, whose `trainer`, `model` and `datamodule` a notebook may go on with; None of
-        `import-weights`, which trains and reconstructs nothing, and of `tune`, which tests many times.
+        `import-weights` and `--version`, which train and reconstruct nothing, and of `tune`, which tests many times.
 
     Raises:
         InputError: If anything that the user gave cannot be used.
@@ -358,6 +322,14 @@ def main(args: list[str] | None = None) -> InvreconCLI | None:
     for talkative in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(talkative).setLevel(logging.WARNING)
     args = sys.argv[1:] if args is None else args
+    if args[:1] == ["--version"]:
+        print(f"invrecon {invrecon.__version__}")
+        return None
+    if not args or not (args[0] in COMMANDS or args[0].startswith("-")):
+        listed = "; ".join(f"`{name}` {does}" for name, does in COMMANDS.items())
+        raise InputError(
+            f"{f'There is no command {args[0]!r}' if args else 'No command was given'}. There are {listed}."
+        )
     if args[:1] == ["import-weights"]:
         from invrecon.priors.thirdparty.command import main as import_weights
 

@@ -149,13 +149,15 @@ class Reconstruction(lightning.LightningModule):
             if self.card.intensity != asdict(intensity):
                 raise InputError(
                     f"The prior was trained on the intensity scale {self.card.intensity}, the data have "
-                    f"{asdict(intensity)}: use a prior of this scale, or train one."
+                    f"{asdict(intensity)}: use a prior of this scale, or train one"
+                    f"{', or set data.intensity like that of the prior' if self._generates() else ''}."
                 )
             channels = self.card.network["image_channels"]
             if channels != self.operator.image_shape[0]:
                 raise InputError(
                     f"The prior has {channels} image channels, {type(self.operator).__name__} has "
-                    f"{self.operator.image_shape[0]}: use a prior of such images."
+                    f"{self.operator.image_shape[0]}: use a prior of such images"
+                    f"{', or set model.operator.num_channels' if self._generates() else ''}."
                 )
             first, trained = highest_level(self.method), self.card.sigma_range[1]
             if first > 1.01 * trained:
@@ -171,6 +173,9 @@ class Reconstruction(lightning.LightningModule):
                 f"data.size is {size}, but the operator's images are {self.operator.image_shape[1:]}: set "
                 "model.operator.size and data.size alike."
             )
+
+    def _generates(self) -> bool:
+        return isinstance(self.method, UnconditionalSampler)
 
     def _intensity(self) -> Intensity:
         return getattr(getattr(self._trainer, "datamodule", None), "intensity", Intensity())

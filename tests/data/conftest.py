@@ -6,6 +6,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
+
+from tests.data.kspace import COILS, H, N, W
 
 
 @pytest.fixture
@@ -30,3 +33,8 @@ def write_h5(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def kspace() -> torch.Tensor:
+    return torch.randn(N, COILS, H, W, 2)

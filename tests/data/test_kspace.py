@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from fastmri.data import SliceDataset
 from torch import Tensor
 
 from invrecon.data.fastmri_files import fastmri_header, write_fastmri
-from invrecon.data.ismrmrd import GROUP
 from invrecon.data.kspace import (
     calibration_scale,
     crop,
@@ -32,13 +31,7 @@ from invrecon.operators.coils import simulated_maps
 from invrecon.operators.fourier import complex_to_pairs, fft2c, ifft2c, pairs_to_complex
 from invrecon.operators.sampling import EquispacedLines, PolynomialSampling
 from invrecon.rng import make_generator
-
-N, COILS, H, W = 2, 3, 16, 14
-
-
-@pytest.fixture
-def kspace() -> Tensor:
-    return torch.randn(N, COILS, H, W, 2)
+from tests.data.kspace import COILS, H, N, W, write_ismrmrd
 
 
 @pytest.mark.parametrize("coils", [1, COILS])
@@ -110,110 +103,6 @@ def write_cfl(path: Path, kspace: Tensor, dims: list[int] | None = None) -> Path
     return path
 
 
-def write_ismrmrd(
-    path: Path,
-    kspace: Tensor,
-    columns: Sequence[int] | None = None,
-    header: bytes | None = None,
-    noise: Tensor | None = None,
-    dwell_us: tuple[float, float] = (5.0, 5.0),
-) -> Path:
-    """One readout a column and slice, after a noise scan `(coils, samples, 2)` that is no part of k-space.
-
-    Dwell times are those of the noise scan and of the readouts.
-    """
-    counters = np.dtype(
-        [
-            *((name, "<u2") for name in ("kspace_encode_step_1", "kspace_encode_step_2", "average", "slice")),
-            *((name, "<u2") for name in ("contrast", "phase", "repetition", "set", "segment")),
-            ("user", "<u2", (8,)),
-        ]
-    )
-    head = np.dtype(
-        [
-            ("flags", "<u8"),
-            *((name, "<u2") for name in ("number_of_samples", "active_channels", "center_sample")),
-            ("trajectory_dimensions", "<u2"),
-            ("sample_time_us", "<f4"),
-            ("idx", counters),
-        ]
-    )
-    real = h5py.vlen_dtype(np.float32)
-    slices, coils, rows, width, _ = kspace.shape
-    lines = [(s, c) for s in range(slices) for c in (columns or range(width))]
-    data = np.zeros(len(lines) + 1, dtype=np.dtype([("head", head), ("traj", real), ("data", real)]))
-    data["head"]["sample_time_us"] = dwell_us[1]
-    data[0]["head"]["flags"], data[0]["head"]["sample_time_us"] = 1 << 18, dwell_us[0]
-    for n, (s, c) in enumerate(lines, start=1):
-        data[n]["head"]["number_of_samples"], data[n]["head"]["active_channels"] = rows, coils
-        data[n]["head"]["center_sample"] = rows // 2
-        data[n]["head"]["idx"]["slice"], data[n]["head"]["idx"]["kspace_encode_step_1"] = s, c
-        data[n]["data"] = kspace[s, :, :, c].reshape(-1).numpy()
-    data[0]["data"] = np.ones(2, np.float32)
-    if noise is not None:
-        data[0]["head"]["active_channels"], data[0]["head"]["number_of_samples"] = noise.shape[:2]
-        data[0]["data"] = noise.flatten().numpy()
-    for n in range(len(data)):
-        data[n]["traj"] = np.zeros(0, np.float32)
-    with h5py.File(path, "w") as file:
-        group = file.create_group(GROUP)
-        group.create_dataset("data", data=data)
-        text = header or fastmri_header((rows, width), (rows, width), (5.0, 1.0, 1.0))
-        group.create_dataset("xml", data=[text.decode()], dtype=h5py.string_dtype())
-    return path
-
-
-MIXING = torch.tensor([[1.0, 0, 0], [0.6 + 0.3j, 0.8, 0], [0.2j, 0.4, 2.0]], dtype=torch.complex64)
-
-
-def correlated_noise(num: int, seed: int) -> Tensor:
-    """Noise of three coils, `(coils, num, 2)`; its covariance a real component is `MIXING MIXING^H`."""
-    white = torch.randn(COILS, num, 2, generator=torch.Generator().manual_seed(seed))
-    return complex_to_pairs(MIXING @ pairs_to_complex(white))
-
-
-@pytest.mark.parametrize("dwell_us", [(5.0, 5.0), (10.0, 5.0), (0.0, 5.0)])
-def test_the_noise_scan_of_ismrmrd_gives_the_covariance_of_the_coils(
-    tmp_path: Path, kspace: Tensor, dwell_us: tuple[float, float]
-) -> None:
-    noise = correlated_noise(20_000, 1)
-    file = open_kspace(write_ismrmrd(tmp_path / "a.mrd", kspace, noise=noise, dwell_us=dwell_us))
-    times = dwell_us[0] / dwell_us[1] or 1  # a shorter dwell time is a larger bandwidth, and more noise
-    expected = complex_to_pairs(times * MIXING @ MIXING.mH)
-    assert file.noise_covariance is not None
-    torch.testing.assert_close(file.noise_covariance, expected, atol=0.1 * times, rtol=0)
-    assert torch.allclose(file.read(1)[0], kspace[1], atol=1e-6), "no part of k-space"
-
-
-def test_averages_and_the_receiver_s_bandwidth_decide_the_noise(tmp_path: Path, kspace: Tensor) -> None:
-    header = fastmri_header((H, W), (H, W), (5.0, 1.0, 1.0))
-    system = b"<acquisitionSystemInformation><relativeReceiverNoiseBandwidth>0.8</relativeReceiverNoiseBandwidth>"
-    header = header.replace(b"<encoding>", system + b"</acquisitionSystemInformation><encoding>", 1)
-    noise = correlated_noise(20_000, 1)
-    twice = [column for column in range(W) for _ in range(2)]
-    once, averaged = (
-        open_kspace(write_ismrmrd(tmp_path / name, kspace, columns, header, noise)).noise_covariance
-        for name, columns in (("a.mrd", range(W)), ("b.mrd", twice))
-    )
-    assert once is not None and averaged is not None
-    torch.testing.assert_close(once, complex_to_pairs(MIXING @ MIXING.mH / 0.8), atol=0.15, rtol=0)
-    torch.testing.assert_close(averaged, once / 2)
-
-
-def test_a_damaged_noise_scan_is_named_when_it_is_asked_for(tmp_path: Path, kspace: Tensor) -> None:
-    noise = correlated_noise(100, 1)
-    noise[0, 3] = float("nan")
-    file = open_kspace(write_ismrmrd(tmp_path / "a.mrd", kspace, noise=noise))
-    assert torch.allclose(file.read(0)[0], kspace[0], atol=1e-6)
-    with pytest.raises(InputError, match=r"a\.mrd hold NaN or Inf.*data\.prewhiten to false"):
-        _ = file.noise_covariance
-
-
-def test_a_noise_scan_that_is_too_short_says_nothing(tmp_path: Path, kspace: Tensor) -> None:
-    path = write_ismrmrd(tmp_path / "a.mrd", kspace, noise=correlated_noise(9 * COILS, 1))
-    assert open_kspace(path).noise_covariance is None
-
-
 def write_npy(path: Path, kspace: Tensor) -> Path:
     np.save(path, pairs_to_complex(kspace).numpy())
     return path
@@ -251,13 +140,6 @@ def test_a_single_slice_needs_no_axis_of_slices(tmp_path: Path, kspace: Tensor) 
     dims = [1, H, W, COILS]  # as BART keeps a slice of a volume, its readout transformed
     write_cfl(tmp_path / "b.cfl", kspace[:1], dims)
     assert torch.equal(open_kspace(tmp_path / "b.hdr").read(0)[0], kspace[0])
-
-
-def test_missing_lines_of_ismrmrd_are_not_measured(tmp_path: Path, kspace: Tensor) -> None:
-    file = open_kspace(write_ismrmrd(tmp_path / "a.h5", kspace, range(0, W, 2)))
-    y, kept = file.read(1)
-    assert file.states_mask and torch.equal(kept, (torch.arange(W) % 2 == 0).expand(H, W))
-    assert torch.equal(y, kspace[1] * kept[..., None])
 
 
 def test_the_scale_is_that_of_the_calibration_region_alone() -> None:
@@ -372,59 +254,6 @@ def test_bart_dimensions_that_are_no_slices_are_refused(tmp_path: Path, kspace: 
     (tmp_path / "a.hdr").write_text("nothing")
     with pytest.raises(InputError, match="not a readable header"):
         open_kspace(tmp_path / "a.cfl")
-
-
-def test_a_header_of_other_readouts_is_refused(tmp_path: Path, kspace: Tensor) -> None:
-    header = fastmri_header((H, W - 4), (H, W - 4), (5.0, 1.0, 1.0))
-    with pytest.raises(InputError, match=rf"says that k-space has {H} x {W - 4}"):
-        open_kspace(write_ismrmrd(tmp_path / "a.h5", kspace, header=header))
-
-
-@pytest.mark.parametrize("kind", ["radial", "EPI", "goldenangle"])
-def test_readouts_that_a_header_says_are_no_lines_are_refused(kind: str, tmp_path: Path, kspace: Tensor) -> None:
-    plain = fastmri_header((H, W), (H, W), (5.0, 1.0, 1.0))
-    header = plain.replace(b">cartesian<", f">{kind}<".encode())
-    assert header != plain
-    with pytest.raises(InputError, match=rf"trajectory is '{kind.lower()}', expected 'cartesian'"):
-        open_kspace(write_ismrmrd(tmp_path / "a.mrd", kspace, header=header))
-    write_fastmri(tmp_path / "b.h5", kspace)
-    change(tmp_path / "b.h5", lambda file: replace_header(file, header))
-    with pytest.raises(InputError, match=rf"trajectory is '{kind.lower()}', expected 'cartesian'"):
-        open_kspace(tmp_path / "b.h5")
-
-
-@pytest.mark.parametrize("name", ["flags", "center_sample", "number_of_samples"])
-def test_readouts_whose_heads_lack_something_are_refused(name: str, tmp_path: Path, kspace: Tensor) -> None:
-    path = write_ismrmrd(tmp_path / "a.mrd", kspace)
-    with h5py.File(path, "r+") as file:
-        whole = file[GROUP]["data"][:]
-        kept = [field for field in whole["head"].dtype.names if field != name]
-        parts = np.dtype([("head", whole["head"][kept].dtype), *((n, whole.dtype[n]) for n in ("traj", "data"))])
-        data = np.zeros(len(whole), dtype=parts)
-        for field in kept:
-            data["head"][field] = whole["head"][field]
-        data["data"], data["traj"] = whole["data"], whole["traj"]
-        del file[GROUP]["data"]
-        file[GROUP].create_dataset("data", data=data)
-    with pytest.raises(InputError, match=f"heads of the readouts lack {name}"):
-        open_kspace(path)
-
-
-def test_a_bandwidth_in_words_is_refused(tmp_path: Path, kspace: Tensor) -> None:
-    header = fastmri_header((H, W), (H, W), (5.0, 1.0, 1.0)).replace(b"</ismrmrdHeader>", b"")
-    entry = b"<relativeReceiverNoiseBandwidth>wide</relativeReceiverNoiseBandwidth>"
-    header += b"<acquisitionSystemInformation>" + entry + b"</acquisitionSystemInformation></ismrmrdHeader>"
-    with pytest.raises(InputError, match=r"header of .* is not understood .*'wide'"):
-        open_kspace(write_ismrmrd(tmp_path / "a.mrd", kspace, header=header))
-
-
-@pytest.mark.parametrize("size", [0, 500, 3000])
-def test_truncated_raw_data_are_no_volume(size: int, tmp_path: Path, kspace: Tensor) -> None:
-    path = write_ismrmrd(tmp_path / "a.mrd", kspace)
-    path.write_bytes(path.read_bytes()[:size])
-    assert is_kspace(path)
-    with pytest.raises(InputError, match=r"truncated|not HDF5"):
-        open_kspace(path)
 
 
 def test_bart_headers_may_have_more_ones(tmp_path: Path, kspace: Tensor) -> None:
