@@ -91,7 +91,7 @@ def carried_over(configs: Sequence[Path], argument: str, chosen: type, settings:
         if not isinstance(given, dict) or (former := given["class_path"].rpartition(".")[2]) == chosen.__name__:
             return None
         common = {name: plain(value) for name, value in (given.get("init_args") or {}).items() if name in settings}
-        kept = {name: value for name, value in common.items() if own[name] != value == plain(settings[name])}
+        kept = {name: value for name, value in common.items() if own.get(name, value) != value == plain(settings[name])}
         listed = ", ".join(
             f"{name} {json.dumps(value)} (its own: {json.dumps(own[name])})" for name, value in kept.items()
         )

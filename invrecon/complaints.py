@@ -27,7 +27,11 @@ def _choices(text: str, argument: str) -> list[str]:
     """Returns the names of our classes that an argument takes, by its annotation in the class that asks for it."""
     owners = [locate(path) for path in re.findall(r"class_path '([\w.]+)'", text)]
     if owners and inspect.isclass(owners[-1]):
-        kinds = _classes_of(typing.get_type_hints(vars(owners[-1]).get("__init__", owners[-1].__init__)).get(argument))
+        try:
+            hints = typing.get_type_hints(owners[-1].__init__)
+        except NameError:  # of names that are imported for the type checker alone
+            return []
+        kinds = _classes_of(hints.get(argument))
     else:  # an argument of the command itself
         kinds = [locate(path) for path in re.findall(r"Subtypes: \[<class '([\w.]+)'", text)[:1]]
     return sorted({c.__name__ for kind in kinds if inspect.isclass(kind) for c in _concrete(kind)})

@@ -12,13 +12,14 @@ class Identity(LinearOperator):
 
     Args:
         size: Side of the image in pixels, or (H, W).
-        num_channels: Channels of the image; two are the parts of complex numbers.
+        num_channels: Channels of the image.
+        complex_images: Whether two channels are the parts of complex numbers.
     """
 
-    def __init__(self, size: int | tuple[int, int] = 256, num_channels: int = 1) -> None:
+    def __init__(self, size: int | tuple[int, int] = 256, num_channels: int = 1, complex_images: bool = False) -> None:
         height, width = (size, size) if isinstance(size, int) else size
         super().__init__((num_channels, height, width), (num_channels, height, width))
-        self.complex_images = num_channels == 2
+        self.complex_images = complex_images
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns `x`."""

@@ -159,6 +159,11 @@ class Reconstruction(lightning.LightningModule):
                     f"{self.operator.image_shape[0]}: use a prior of such images"
                     f"{', or set model.operator.num_channels' if self._generates() else ''}."
                 )
+            if self._generates() and channels == 2 and not self.operator.complex_images:
+                raise InputError(
+                    "The prior's two channels are parts of complex numbers, and the operator's images are real: set "
+                    "model.operator.complex_images to true and model.method.clip to null."
+                )
             first, trained = highest_level(self.method), self.card.sigma_range[1]
             if first > 1.01 * trained:
                 warnings.warn(

@@ -255,6 +255,17 @@ def test_commands(invrecon: Callable[..., Any], library: Path, here: Path, line:
     refused(invrecon, [*args, *QUIET, "--output", "out"] if len(args) > 2 else args, COMMANDS[line])
 
 
+def test_complex_images_are_not_generated_as_real_ones(invrecon: Callable[..., Any], tmp_path: Path) -> None:
+    prior = make_prior(tmp_path / "prior.safetensors", network=NETWORK | {"image_channels": 2})
+    args = ["predict", "--config", "generate_ct.yaml", "--output", str(tmp_path / "out"), *QUIET]
+    args += [f"--model.prior={prior}", "--model.operator.num_channels=2", "--data.num_images=1"]
+    args += [f"--{part}={SIZE}" for part in ("model.operator.size", "data.size")]
+    args += ["--model.method.schedule.num_levels=2"]
+    refused(invrecon, args, "parts of complex numbers.*complex_images to true.*clip to null")
+    refused(invrecon, [*args, "--model.operator.complex_images=true"], "set clip to null")
+    invrecon([*args, "--model.operator.complex_images=true", "--model.method.clip", "null"])
+
+
 def test_a_checkpoint_that_is_none(invrecon: Callable[..., Any], library: Path, tmp_path: Path) -> None:
     args = learn("patch_ct.yaml", library / "scans", tmp_path / "run")
     for name, content in {"pickle": b"\x80\x04K\x01.", "text": b"hello"}.items():
