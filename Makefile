@@ -58,7 +58,7 @@ bench: setup $(VENV)/.stamp-bench-$(HASH)  ## run the benchmarks that need no GP
 claims: setup  ## put every published claim to the test: tables and verdicts in benchmarks/claims (hours; goes on)
 	$(PY) -m benchmarks.claims $(ARGS)
 
-data: setup  ## make the sample data of data/ again, from its public source
+data: setup  ## make the CT sample of data/ again, from its public source
 	$(PY) scripts/make_sample_data.py $(ARGS)
 
 clean:  ## remove caches and builds (outputs/ and .venv stay)

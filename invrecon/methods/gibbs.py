@@ -132,7 +132,6 @@ class LikelihoodDraw(Transition):
     """
 
     estimates = frozenset({"prior"})
-    needs_measurement = True
 
     def __init__(self, data: DataSampler) -> None:
         self.data = data

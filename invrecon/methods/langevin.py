@@ -104,7 +104,6 @@ class CorrectedTransition(Transition):
     """
 
     estimates = frozenset({"prior"})
-    needs_measurement = True
 
     def __init__(self, snr: float, zeta: float) -> None:
         if not snr > 0:

@@ -112,7 +112,6 @@ class SpectralTransition(Transition):
     """
 
     estimates = frozenset({"prior"})
-    needs_measurement = True
 
     def __init__(self, sigma_max: float, eta: float = 0.85, eta_b: float = 1.0, threshold: float = 1e-3) -> None:
         if not 0 <= eta <= 1 or not 0 <= eta_b <= 1 or not 0 <= threshold < 1:

@@ -31,12 +31,10 @@ class Transition(ABC):
     Attributes:
         stays_at_level: Whether the new state is at `sigma` still, so that a level can be visited repeatedly.
         estimates: What the images that it is given may estimate (see `Conditioning.estimate`).
-        needs_measurement: Whether it makes no step without one.
     """
 
     stays_at_level: bool = False
     estimates: frozenset[str] = frozenset({"posterior", "prior"})
-    needs_measurement: bool = False
 
     def bind(self, denoised: Denoised, operator: LinearOperator, y: Tensor) -> Transition:
         """Returns the transition for one measurement: itself, unless it asks for more than the two images.
@@ -47,6 +45,11 @@ class Transition(ABC):
             y: Measurements `(B, *operator.measurement_shape)`.
         """
         return self
+
+    @property
+    def needs_measurement(self) -> bool:
+        """Whether it makes no step before `bind`: only those that ask for more than images have their own."""
+        return type(self).bind is not Transition.bind
 
     def begin(self) -> Transition:
         """Returns what takes the steps of one run: itself, or, where steps depend on earlier ones, a fresh copy."""
@@ -190,7 +193,6 @@ class DouglasRachford(Transition):
     """
 
     estimates = frozenset({"reflection"})
-    needs_measurement = True
 
     def __init__(self, relaxation: float = 1.0) -> None:
         if not 0 < relaxation < 2:
@@ -293,8 +295,6 @@ class DenoisedTransition(Transition):
         transition: From one level to the next.
         denoise: `D(x, sigma)`; the evaluation from which the estimate was made if None.
     """
-
-    needs_measurement = True
 
     def __init__(self, transition: Transition, denoise: Denoised | None = None) -> None:
         self.transition = transition

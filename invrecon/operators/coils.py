@@ -16,7 +16,9 @@ from invrecon.operators.sampling import calibration_region
 
 Size = tuple[int, int]
 LEAST_ACS = 4  # side of the calibration region
-MOST_LOST = 0.1  # share of the calibration image's energy that may lie where the maps are zero
+# Share of the calibration image's energy that may lie where the maps are zero: good maps of a measured head leave out
+# up to 0.011, maps of 6 x 6 samples 0.98.
+MOST_LOST = 0.1
 
 
 class CoilMaps(ABC):

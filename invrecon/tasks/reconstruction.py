@@ -134,49 +134,51 @@ class Reconstruction(lightning.LightningModule):
             self.weights_sha256 = file_hash(path)
 
     def setup(self, stage: str) -> None:
-        """Checks that prior, data and operator speak of the same images.
+        """Checks that prior, data, noise and operator speak of the same images.
 
         Raises:
-            InputError: If the intensity scales or numbers of channels differ.
+            InputError: If the intensity scales, sizes or numbers of channels differ, or the noise is of other data.
         """
-        intensity = self._intensity()
         if isinstance(self.noise, TransmissionPoisson) and not isinstance(self.operator, CT):
             raise InputError(
                 f"TransmissionPoisson is the noise of photons along rays, and {type(self.operator).__name__} measures "
                 "no line integrals: take another model.noise, as GaussianNoise."
             )
         if self.card is not None:
-            if self.card.intensity != asdict(intensity):
-                raise InputError(
-                    f"The prior was trained on the intensity scale {self.card.intensity}, the data have "
-                    f"{asdict(intensity)}: use a prior of this scale, or train one"
-                    f"{', or set data.intensity like that of the prior' if self._generates() else ''}."
-                )
-            channels = self.card.network["image_channels"]
-            if channels != self.operator.image_shape[0]:
-                raise InputError(
-                    f"The prior has {channels} image channels, {type(self.operator).__name__} has "
-                    f"{self.operator.image_shape[0]}: use a prior of such images"
-                    f"{', or set model.operator.num_channels' if self._generates() else ''}."
-                )
-            if self._generates() and channels == 2 and not self.operator.complex_images:
-                raise InputError(
-                    "The prior's two channels are parts of complex numbers, and the operator's images are real: set "
-                    "model.operator.complex_images to true and model.method.clip to null."
-                )
-            first, trained = highest_level(self.method), self.card.sigma_range[1]
-            if first > 1.01 * trained:
-                warnings.warn(
-                    f"{type(self.method).__name__} begins at a noise level of {first:g}, and its prior was trained up "
-                    f"to {trained:g}: above, its denoiser guesses. Take a prior of all levels (--model.prior patch_ct, "
-                    "whole_ct or patch_mri), or lower the first level (--model.method.sigma_max).",
-                    stacklevel=2,
-                )
+            self._check_prior(self.card)
         size = getattr(getattr(self._trainer, "datamodule", None), "size", None)
         if size is not None and self.operator.image_shape[1:] != (size, size):
             raise InputError(
                 f"data.size is {size}, but the operator's images are {self.operator.image_shape[1:]}: set "
                 "model.operator.size and data.size alike."
+            )
+
+    def _check_prior(self, card: PriorCard) -> None:
+        intensity, channels = self._intensity(), card.network["image_channels"]
+        if card.intensity != asdict(intensity):
+            raise InputError(
+                f"The prior was trained on the intensity scale {card.intensity}, the data have "
+                f"{asdict(intensity)}: use a prior of this scale, or train one"
+                f"{', or set data.intensity like that of the prior' if self._generates() else ''}."
+            )
+        if channels != self.operator.image_shape[0]:
+            raise InputError(
+                f"The prior has {channels} image channels, {type(self.operator).__name__} has "
+                f"{self.operator.image_shape[0]}: use a prior of such images"
+                f"{', or set model.operator.num_channels' if self._generates() else ''}."
+            )
+        if self._generates() and channels == 2 and not self.operator.complex_images:
+            raise InputError(
+                "The prior's two channels are parts of complex numbers, and the operator's images are real: set "
+                "model.operator.complex_images to true and model.method.clip to null."
+            )
+        first, trained = highest_level(self.method), card.sigma_range[1]
+        if first > 1.01 * trained:
+            warnings.warn(
+                f"{type(self.method).__name__} begins at a noise level of {first:g}, and its prior was trained up "
+                f"to {trained:g}: above, its denoiser guesses. Take a prior of all levels (--model.prior patch_ct, "
+                "whole_ct or patch_mri), or lower the first level (--model.method.sigma_max).",
+                stacklevel=3,
             )
 
     def _generates(self) -> bool:
@@ -247,7 +249,7 @@ class Reconstruction(lightning.LightningModule):
     def reconstruct(self, batch: CaseBatch) -> Result:
         """Measures (if need be), reconstructs and judges a batch."""
         y, operator, reference = self.measure(batch)
-        if y is None and not isinstance(self.method, UnconditionalSampler):
+        if y is None and not self._generates():
             raise InputError(
                 f"There is no measurement for {type(self.method).__name__} to reconstruct from: draw samples by "
                 "--model.method=UnconditionalSampler, or give --data=ReconstructionData with --data.paths."

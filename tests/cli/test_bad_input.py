@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from invrecon import __version__ as invrecon_version
 from invrecon.data.measurement import write_measurement
 from invrecon.errors import InputError
 from invrecon.operators import ParallelBeamCT
@@ -142,8 +143,10 @@ NULLS = {
 
 
 @pytest.mark.parametrize("name", NULLS)
-def test_nothing_where_something_is_needed(invrecon: Callable[..., Any], library: Path, name: str) -> None:
-    args = reconstruct("test", "recon_ct.yaml", library / "scans", library / "out", f"--{name}", "null")
+def test_nothing_where_something_is_needed(
+    invrecon: Callable[..., Any], library: Path, tmp_path: Path, name: str
+) -> None:
+    args = reconstruct("test", "recon_ct.yaml", library / "scans", tmp_path / "out", f"--{name}", "null")
     refused(invrecon, args, f"{name} is null, but .* needs .*{NULLS[name]}")
 
 
@@ -253,6 +256,14 @@ COMMANDS = {
 def test_commands(invrecon: Callable[..., Any], library: Path, here: Path, line: str) -> None:
     args = line.replace("PRIOR", f"{library}/whole.safetensors").split()
     refused(invrecon, [*args, *QUIET, "--output", "out"] if len(args) > 2 else args, COMMANDS[line])
+
+
+def test_every_command_is_listed_where_none_is_given(
+    invrecon: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused(invrecon, [], "No command was given.*`fit`.*`validate`.*`test`.*`predict`.*`tune`.*`import-weights`")
+    invrecon(["--version"])
+    assert invrecon_version in capsys.readouterr().out
 
 
 def test_complex_images_are_not_generated_as_real_ones(invrecon: Callable[..., Any], tmp_path: Path) -> None:
