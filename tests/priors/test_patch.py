@@ -204,9 +204,9 @@ def test_memory_is_that_of_one_chunk_whatever_the_image(size: int) -> None:
     x = torch.randn(2, 1, size, size)
     prior(x, 0.2)
     prior.denoise_vjp(x, 0.2, lambda x0: x0)
-    assert max(denoiser.batches) <= 6
+    assert max(denoiser.batches) <= 6 and max(denoiser.batches) - min(denoiser.batches) <= 1
     # One pass, and two for the product, of which the first chunk is spared the second.
-    assert sum(denoiser.batches) == 3 * 2 * (1 + size // 4) ** 2 - 6
+    assert sum(denoiser.batches) == 3 * 2 * (1 + size // 4) ** 2 - denoiser.batches[0]
 
 
 # vector-Jacobian product
