@@ -189,7 +189,7 @@ class InvreconCLI(LightningCLI):
     def _text(self) -> str:
         """The resolved configuration, as YAML."""
         config = self.config[self.subcommand]
-        return self._parser(self.subcommand).dump(config, skip_link_targets=False, skip_none=False)
+        return self._parser(self.subcommand).dump(config, skip_link_targets=False, skip_unset=False)
 
     def _dump_config(self) -> None:
         """Keeps what Lightning hands to model and data as their hyperparameters: one dump serves it and us."""
