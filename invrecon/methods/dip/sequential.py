@@ -141,8 +141,8 @@ class Purification:
 
     def __init__(
         self,
-        sigma_max: float = 0.2,
-        sigma_min: float = 0.05,
+        sigma_max: float = 0.1,
+        sigma_min: float = 0.02,
         num_levels: int = 1,
         sigma_end: float = 0.005,
         transition: Transition | None = None,
