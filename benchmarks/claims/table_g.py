@@ -29,7 +29,7 @@ SEVERAL, MOST, LOST, COSTLY = 2.0, 0.5, 0.3, 15.0  # [dB], share, [dB], times th
 CLOSED = {20: 0.6, 60: 0.8}  # share of the gap that EM is to close, by the number of views
 FIGURE = ("fbp", "tv", "patch-admm", "patch-em-admm", "patch-ct-admm")
 FIGURE_SETTING = "20-clean"
-ROUNDS = ("patch-em-admm-stop", "patch-em-admm", "patch-em-stop", "patch-em")  # the first shows the rounds
+ROUNDS = ("patch-em-admm-stop", "patch-em-admm", "patch-em-stop", "patch-em")  # of the first measured, rounds are drawn
 
 
 class AdaptationTable(Run):
