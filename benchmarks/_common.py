@@ -149,6 +149,7 @@ class Entry:
         layout: How patches cover an image, as of `make_layout`; None for the prior's own.
         weights: What stands for the weights in fingerprints; None for the hash of their file.
         mirror: Whether evaluations are of the image or of its mirror image, at random; ignored where the prior adapts.
+        pool: Whether the slices of a batch share what adapts.
     """
 
     label: str
@@ -159,6 +160,7 @@ class Entry:
     layout: Mapping[str, Any] | None = None
     weights: str | None = None
     mirror: bool = False
+    pool: bool = False
 
 
 @dataclass
@@ -199,7 +201,8 @@ class Bench:
             way = {"layout": make_layout(entry.layout), "mirror": entry.mirror}
             task = self.reconstruction(operator, entry.method, *shared, **way)
         else:
-            task = TestTimeAdaptation(operator, entry.method, entry.adaptation, *shared, suitability=entry.suitability)
+            way = {"suitability": entry.suitability, "pool": entry.pool}
+            task = TestTimeAdaptation(operator, entry.method, entry.adaptation, *shared, **way)
         return task.to(self.record.device)
 
     def reconstruct(self, setting: Setting, entry: Entry, batch: CaseBatch) -> Result:
@@ -237,6 +240,7 @@ class Bench:
         more = {} if entry.adaptation is None else adapts
         more |= {} if entry.layout is None else {"layout": dict(entry.layout)}
         more |= {"mirror": True} if entry.mirror else {}  # unsaid otherwise: rows of before have no such key
+        more |= {"pool": list(batch.index)} if entry.pool else {}
         more |= {"weights": entry.weights, "batch_size": len(batch)}
         identity = self.identity(setting, entry.method, entry.prior, batch.source[0], **more)
         return [f"{setting.name}/{entry.label}/{case}" for case in batch.id], identity
@@ -284,13 +288,18 @@ def make_layout(layout: Mapping[str, Any] | None) -> Layout | None:
 
 
 def trace_columns(result: Result) -> list[Row]:
-    """Returns how good each case's adaptation was at each step: PSNR of its estimates and loss on held-out views."""
+    """Returns how good each case's adaptation was at each step: PSNR of its estimates and loss on held-out views.
+
+    Of cases that share an adapter, one alone was watched.
+    """
     if result.traces is None or not any(step.image is not None for trace in result.traces for step in trace.steps):
         return [{} for _ in result.rows]
     assert result.reference is not None
     reference = result.reference.cpu()
     return [
-        {
+        {}
+        if trace.watched not in (None, b)
+        else {
             "psnr_trace": [
                 None if step.image is None else psnr(step.image[None].cpu(), reference[b : b + 1]).item()
                 for step in trace.steps

@@ -43,6 +43,7 @@ class Recipe:
         tier: When it is its turn.
         few: Whether it is too expensive for all slices.
         layout: How patches cover an image, as of `benchmarks._common.make_layout`; None for the prior's own.
+        pool: Whether all slices share what adapts.
     """
 
     title: str
@@ -53,6 +54,7 @@ class Recipe:
     tier: int = CHEAP
     few: bool = False
     layout: Mapping[str, Any] | None = None
+    pool: bool = False
 
 
 @cache
@@ -102,6 +104,12 @@ def recipes() -> dict[str, Recipe]:
         "patch-ct-em-admm": Recipe("patch + EM, in distribution, ADMM", admm, "patch_ct", em_admm, "patch-ct-admm", EM,
                                    few=True),
     }  # fmt: skip
+    for key in ("patch-em-admm", "patch-ct-em-admm"):
+        title = rows[key].title.replace("EM", "EM of all slices")
+        rows[f"{key}-pool"] = replace(rows[key], title=title, pool=True, few=False)
+    long, title = copy.copy(em_admm), "patch + EM of all slices in 16 rounds, ADMM"
+    long.rounds = 16  # type: ignore[attr-defined]
+    rows["patch-em-admm-pool-16"] = replace(rows["patch-em-admm-pool"], title=title, adaptation=long)
     for key in ("patch-em", "patch-ct-em", "patch-em-admm", "patch-ct-em-admm"):
         stopped = copy.copy(rows[key].adaptation)
         if stopped.held_out is None:  # type: ignore[union-attr]  # else those rows stop by themselves

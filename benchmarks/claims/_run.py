@@ -60,6 +60,7 @@ class Run(ABC):
                 _common.weights_hash(options.priors[prior])  # a missing prior is noticed now, not after an hour
         self.together = _common.load_batches(HELD_OUT, options.slices, options.size, options.batch_size)
         self.singles = _common.load_batches(HELD_OUT, options.slices, options.size, 1)
+        self.pooled = _common.load_batches(HELD_OUT, options.slices, options.size, len(self.singles))
         record = _common.start(argparse.Namespace(**{**vars(options), "json": path}), f"claims-{self.letter}")
         self.bench = Bench(record, options.size)
         self.school = School.of(options, record.machine)
@@ -126,7 +127,7 @@ class Run(ABC):
         # Networks that were taught here are known by what they were taught: rows outlive the files.
         weights = self.school.identity(recipe.prior) if isinstance(recipe.prior, Lesson) else None
         method, prior = self.method(key, setting), self.prior(recipe)
-        return Entry(key, method, prior, recipe.adaptation, layout=recipe.layout, weights=weights)
+        return Entry(key, method, prior, recipe.adaptation, layout=recipe.layout, weights=weights, pool=recipe.pool)
 
     def applies(self, key: str, setting: Setting) -> bool:
         """Says whether a row exists in a setting: some methods need singular values."""
@@ -134,8 +135,14 @@ class Run(ABC):
 
     def batches(self, recipe: Recipe) -> list[CaseBatch]:
         """Returns the slices in batches; alone where each takes minutes, so that little is lost."""
-        singles = self.singles[:: self.few] if recipe.few else self.singles
-        return self.together if recipe.tier == CHEAP else singles
+        batches = self.all_batches(recipe)
+        return batches[:: self.few] if recipe.few else batches
+
+    def all_batches(self, recipe: Recipe) -> list[CaseBatch]:
+        """Returns the batches of all slices, whether the recipe takes few of them or not."""
+        if recipe.pool:
+            return self.pooled
+        return self.together if recipe.tier == CHEAP else self.singles
 
     def missing(self, key: str, setting: Setting) -> list[CaseBatch]:
         """Returns the batches of a row that the record lacks."""
@@ -151,7 +158,7 @@ class Run(ABC):
         for key in missing:
             if isinstance(lesson := self.recipes[key].prior, Lesson):
                 self.school.teach(lesson)
-        for batch in self.together if tier == CHEAP else self.singles:
+        for batch in self.together if tier == CHEAP else (*self.singles, *self.pooled):
             for key, left in missing.items():
                 if not any(batch is own for own in left):
                     continue
@@ -169,9 +176,8 @@ class Run(ABC):
             if not self.applies(key, setting) or not self.has_prior(recipe):
                 continue
             # An earlier run may have done more slices than `few` says.
-            batches = self.together if recipe.tier == CHEAP else self.singles
             entry = self.entry(key, setting)
-            found = [self.bench.find(setting, entry, b) for b in batches]
+            found = [self.bench.find(setting, entry, b) for b in self.all_batches(recipe)]
             rows[key] = [row for part in found for row in part or ()]
         return {key: own for key, own in rows.items() if own}
 

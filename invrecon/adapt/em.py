@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from invrecon.adapt.base import (
     Trace,
     add_costs,
     check_positive,
+    join,
     mean_cost,
     private_generator,
     private_generators,
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
     from invrecon.operators.base import LinearOperator
     from invrecon.priors.base import Prior
 
+AT_ONCE = 4  # cases of a pool that are reconstructed together
+MOST_TAUGHT = 4  # times the steps of one case that a round of many has
+
 
 class ExpectationMaximisation(Adaptation):
     r"""Learns the prior of one patient from one measurement, starting from any prior.
@@ -45,9 +50,9 @@ class ExpectationMaximisation(Adaptation):
     over patches `p` of `x_r` at all places (whole images for a whole-image prior): one image is thousands of patches.
     The sampler's fast estimates, not its samples, serve as `x_r`: a chain's own noise would be learned too. Each round
     goes on from the last estimate at a modest noise level, so that it costs a third of a reconstruction. Pooled cases
-    share what they teach: a round renews the middle one, which is watched and says when to stop, and one other, in
-    turn, and learns from all that have had their turn. At most `rounds + 1` cases teach, then, evenly spread over the
-    pool, so that the cost hardly grows with their number.
+    share what they teach, which is worth much more than what each learns alone: errors of one estimate are not those of
+    the others, what they show of the anatomy is. Up to `teachers` of them, evenly spread, teach and are reconstructed
+    anew in every round; the middle one is watched, and says when to stop.
 
     With `data_weight` the M-step descends the misfit of the watched case's denoised estimate besides,
     `data_weight || A D_theta(x_r + sigma n) - y ||^2 / || y ||^2`, at another evaluation of the whole image a step.
@@ -59,7 +64,8 @@ class ExpectationMaximisation(Adaptation):
 
     Args:
         rounds: E- and M-steps.
-        steps: Steps of Adam in a round; fewer if the prior cannot draw as little as `num_pixels`.
+        steps: Steps of Adam in a round for each case that teaches, of four at most; fewer if the prior cannot draw as
+            little as `num_pixels`.
         learning_rate: Its rate at the start; it falls linearly to zero over the rounds.
         num_pixels: Pixels a step.
         sigma_min: Lowest noise level that is learned, log-uniformly.
@@ -73,6 +79,7 @@ class ExpectationMaximisation(Adaptation):
         data_weight: Of the misfit; 0 leaves it out.
         discrepancy: Ends the rounds once `||A x_r - y||^2` has come down to so many times what the noise explains; None
             does not ask.
+        teachers: Most cases of a pool that teach: what pooling costs.
 
     Raises:
         InputError: A knob out of range.
@@ -92,12 +99,13 @@ class ExpectationMaximisation(Adaptation):
         held_out: HeldOutViews | None = None,
         data_weight: float = 0.0,
         discrepancy: float | None = None,
+        teachers: int = 16,
     ) -> None:
-        check_positive(rounds=rounds, steps=steps, num_pixels=num_pixels, sigma_min=sigma_min)
-        if learning_rate < 0 or not sigma_min < sigma_max or not 0 <= ema < 1:
+        check_positive(rounds=rounds, steps=steps, num_pixels=num_pixels, sigma_min=sigma_min, teachers=teachers)
+        if not 0 <= learning_rate < math.inf or not sigma_min < sigma_max < math.inf or not 0 <= ema < 1:
             raise InputError(
-                "ExpectationMaximisation needs learning_rate >= 0, sigma_min < sigma_max and 0 <= ema < 1, got "
-                f"{learning_rate}, {sigma_min}, {sigma_max} and {ema}."
+                "ExpectationMaximisation needs learning_rate >= 0, sigma_min < sigma_max, all of them finite, and "
+                f"0 <= ema < 1, got {learning_rate}, {sigma_min}, {sigma_max} and {ema}."
             )
         self.rounds, self.steps, self.learning_rate, self.num_pixels = rounds, steps, learning_rate, num_pixels
         self.sigma_min, self.sigma_max, self.ema = sigma_min, sigma_max, ema
@@ -109,6 +117,7 @@ class ExpectationMaximisation(Adaptation):
         self.held_out = held_out
         self.data_weight = float(data_weight)
         self.discrepancy = None if discrepancy is None else Discrepancy(discrepancy)
+        self.teachers = teachers
 
     def adapt(
         self, y: Tensor, operator: LinearOperator, prior: Prior, sampler: Sampler, generators: Generators
@@ -129,30 +138,31 @@ class ExpectationMaximisation(Adaptation):
             kept, unseen = self.held_out.split(0, operator, y, private_generator(generators, "views"))
             seen, y_seen = restrict_to(operator, y, kept)
             rule = self.held_out.paired_stopper()
+        if self.discrepancy is not None:
+            self.discrepancy.check(operator, y)
         learner = _Learner(self, prior, private_generator(generators, "learning"))
-        watched, num_cases = len(y) // 2, len(y)
-        one = slice(watched, watched + 1)
+        num_cases = len(y)
+        teachers = spread(num_cases, self.teachers)
+        middle = len(teachers) // 2
+        watched = teachers[middle]
+        one, its = slice(watched, watched + 1), slice(middle, middle + 1)  # in the batch, and among those that teach
         trace = Trace(num_trainable=num_parameters(learner.averages), reason=f"all {self.rounds} rounds")
         trace.watched = watched if num_cases > 1 else None
-        teachers = spread(num_cases, watched, self.rounds)
         watched_operator, y_watched = operator.select_cases(one, num_cases), y[one]
-        images: dict[int, Tensor] = {}
+        seen_watched, y_seen_watched = seen.select_cases(one, num_cases), y_seen[one]
         spent = {"num_evaluations": 0.0, "num_operator_calls": 0.0}
         best, over = learner.snapshot(), False
+        images: Tensor | None = None
         for k in range(self.rounds + 1):
-            if k:
-                data = (seen.select_cases(one, num_cases), y_seen[one], images[watched])
-                spent["num_evaluations"] += learner.learn(torch.cat(list(images.values())), k, *data)
+            if images is not None:
+                spent["num_evaluations"] += learner.learn(images, k, seen_watched, y_seen_watched, images[its])
                 spent["num_operator_calls"] += learner.num_operator_calls
-            for b in dict.fromkeys((watched, *teachers[k - 1 : k])) if k else (watched,):
-                case = slice(b, b + 1)
-                part, own = seen.select_cases(case, num_cases), private_generators(generators[case], "round", k)
-                estimate = self._expect(learner.adapted, sampler, part, y_seen[case], images.get(b), own)
-                for key in spent:
-                    spent[key] += mean_cost(estimate, key)
-                images[b] = estimate.mean
+            estimate = self._expect(learner.adapted, sampler, seen, y_seen, images, teachers, generators, k)
+            for key in spent:
+                spent[key] += len(teachers) * mean_cost(estimate, key)
+            images = estimate.mean
+            x = images[its]
             name = f"round {k}" if k else "not adapted"
-            x = images[watched]
             explained = float(loss_on(watched_operator, y_watched, x, kept[one]))
             trace.steps.append(Step(name, None, explained, image=x[0].cpu()))
             spent["num_operator_calls"] += 1 if unseen is None else 2
@@ -166,7 +176,7 @@ class ExpectationMaximisation(Adaptation):
                 break
             if self.discrepancy is not None and k < self.rounds:
                 spent["num_operator_calls"] += 1
-                if bool(self.discrepancy(seen.select_cases(one, num_cases), y_seen[one], x)):
+                if bool(self.discrepancy(seen_watched, y_seen_watched, x)):
                     trace.reason = "the data are explained as well as their noise permits"
                     break
         trace.stopped_at = len(trace.steps) - 1
@@ -175,7 +185,7 @@ class ExpectationMaximisation(Adaptation):
             trace.stopped_at = rule.best
             learner.restore(best)
         trace.movement = movement(prior, learner.adapted)
-        estimate = sampler(y, operator, learner.adapted, generators=generators)
+        estimate = self._check_finite(sampler(y, operator, learner.adapted, generators=generators), trace.stopped_at)
         return add_costs(estimate, {key: value / num_cases for key, value in spent.items()}), trace
 
     def _expect(
@@ -185,34 +195,50 @@ class ExpectationMaximisation(Adaptation):
         operator: LinearOperator,
         y: Tensor,
         x: Tensor | None,
+        teachers: Sequence[int],
         generators: Generators,
+        k: int,
     ) -> Estimate:
-        """Returns the first estimate of a case by the sampler itself, the next ones from the last, `x`."""
-        if x is None:
-            return sampler(y, operator, prior, generators=generators)
-        expectation = copy.copy(self.expectation)
-        expectation.start = GivenStart(x)
-        if operator.complex_images and not self._chosen:
-            expectation.clip = None
-        return expectation(y, operator, prior, generators=generators)
+        """Returns estimates of the cases that teach: the first by the sampler itself, the next ones from the last, `x`.
+
+        A few cases at a time, so that a pool takes no more memory than a batch.
+        """
+        expectation = sampler
+        if x is not None:
+            expectation = copy.copy(self.expectation)
+            if operator.complex_images and not self._chosen:
+                expectation.clip = None
+        estimates = []
+        for start in range(0, len(teachers), AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            chosen = torch.tensor(teachers[part], device=y.device)
+            if x is not None:
+                expectation.start = GivenStart(x[part])
+            own = private_generators([generators[b] for b in teachers[part]], "round", k)
+            estimates.append(expectation(y[chosen], operator.select_cases(chosen, len(y)), prior, generators=own))
+        return self._check_finite(join(estimates), k)
+
+    def _check_finite(self, estimate: Estimate, k: int) -> Estimate:
+        """Returns the estimate by what round `k` has learned.
+
+        Raises:
+            InputError: It holds NaN or Inf. That of no round at all is the sampler's own business.
+        """
+        if k and not torch.isfinite(estimate.mean).all():
+            raise self._diverged(k, "the estimate")
+        return estimate
+
+    def _diverged(self, k: int, what: str) -> InputError:
+        return InputError(
+            f"Adaptation diverged in round {k}: {what} is not finite. Lower adaptation.learning_rate, which is "
+            f"{self.learning_rate}, or use model.precision 32."
+        )
 
 
-def spread(num_cases: int, watched: int, num: int) -> list[int]:
-    """Returns `num` cases but the watched one, evenly spread over the others and in no order; fewer come again.
-
-    Args:
-        num_cases: Cases of the pool.
-        watched: The one to leave out.
-        num: How many are asked for.
-    """
-    others = [b for b in range(num_cases) if b != watched]
-    if not others:
-        return []
-    chosen = min(num, len(others))
-    places = [others[(2 * j + 1) * len(others) // (2 * chosen)] for j in range(chosen)]
-    # Steps of the golden section: whenever the rounds end, those that have taught are spread.
-    stride = next(s for s in range(max(1, round(0.618 * chosen)), chosen + 1) if math.gcd(s, chosen) == 1)
-    return [places[j * stride % chosen] for j in range(num)]
+def spread(num_cases: int, num: int) -> list[int]:
+    """Returns the numbers of at most `num` cases, evenly spread over all of them."""
+    num = min(num, num_cases)
+    return [(2 * j + 1) * num_cases // (2 * num) for j in range(num)]
 
 
 class _Learner:
@@ -265,7 +291,8 @@ class _Learner:
         plan, learning = self.plan, self._learning
         assert isinstance(learning, PatchPrior | WholePrior)  # seen to by `adapt`
         low, high = math.log(plan.sigma_min), math.log(plan.sigma_max)
-        num_seen, budget, self.num_operator_calls = 0, plan.steps * plan.num_pixels, 0
+        num_seen, self.num_operator_calls = 0, 0
+        budget = plan.steps * plan.num_pixels * min(len(x), MOST_TAUGHT)
         num_images = 0
         while num_seen < budget:  # a whole image may be more than a step's pixels: fewer steps, then, of equal cost
             clean, position = learning.draw(x, plan.num_pixels, self.draws)
@@ -285,10 +312,7 @@ class _Learner:
                 num_images += 1
             norm = torch.nn.utils.clip_grad_norm_(self._weights, 1.0)
             if not torch.isfinite(norm):
-                raise InputError(
-                    f"Adaptation diverged in round {k}: the gradient is not finite. Lower "
-                    f"adaptation.learning_rate, which is {plan.learning_rate}, or use model.precision 32."
-                )
+                raise plan._diverged(k, "the gradient")
             for group in self._optimiser.param_groups:
                 group["lr"] = plan.learning_rate * (1 - progress)
             self._optimiser.step()

@@ -164,6 +164,9 @@ class SelfSupervised(Adaptation):
                 f"{type(self).__name__} adapts to all samples of a case at once, but method.samples_per_batch is "
                 f"{sampler.samples_per_batch} of {sampler.num_samples}: set it to null."
             )
+        self.control(sampler)  # refuses what cannot be
+        if self.discrepancy is not None:
+            self.discrepancy.check(operator, y)
         order = private_generator(generators, "held-out views")
         adapting = AdaptingPrior(self, prior, y, operator, sampler.schedule.sigmas, order)
         sampler = self._steps_of(sampler, adapting.unadapted if self.noise_from == "unadapted" else None)
@@ -196,6 +199,12 @@ class SelfSupervised(Adaptation):
             raise InputError(
                 f"{type(sampler.transition).__name__} does not ask what noise the state holds: set noise_from and "
                 "output to estimate, or take a transition such as DDIM."
+            )
+        if sampler.transition.estimates == {"reflection"}:  # the state is no estimate with noise that could be replaced
+            raise InputError(
+                f"The state of {type(sampler).__name__} is not an estimate plus noise, and {type(self).__name__} takes "
+                "that noise from elsewhere: add --model.method=ProximalDiffusion, or take the recipe's own "
+                "configuration (scd_ct.yaml, ddip_ct.yaml, patch_ss_ct.yaml, whole_ss_ct.yaml)."
             )
         sampler = copy.copy(sampler)
         if self.output == "denoised":
@@ -246,6 +255,12 @@ class AdaptingPrior:
         self._running = True
         self._sigmas, self._order = sigmas, order
         self._pending = plan.levels.chosen(sigmas)
+        if not self._pending:
+            raise InputError(
+                f"{type(plan).__name__} adapts at none of the sampler's {len(sigmas)} levels, {sigmas[0]:.4g} to "
+                f"{sigmas[-1]:.4g}: raise its sigma_max, lower its margin, or take more levels "
+                "(--model.method.num_levels)."
+            )
         last = len(self._pending) - 1
         self._pictured = {round(j * last / 7) for j in range(8)}  # the trace keeps at most 8 images
         self._optimiser: torch.optim.Optimizer | None = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -139,6 +141,15 @@ class Discrepancy:
         if not factor > 0:
             raise InputError(f"Discrepancy: factor is {factor}, but it has to be above 0.")
         self.factor = float(factor)
+
+    def check(self, operator: LinearOperator, y: Tensor) -> None:
+        """Warns where no noise level is known: nothing would ever stop there."""
+        if operator.whiten(y)[2] is None:
+            warnings.warn(
+                "The measurement's noise level is not known, so that adaptation.discrepancy stops nothing: state the "
+                "noise (--model.noise, or noise_std of the file), or use adaptation.held_out.",
+                stacklevel=3,
+            )
 
     def __call__(self, operator: LinearOperator, y: Tensor, x: Tensor) -> Tensor:
         """Returns for every sample of `x` whether it has got there, `(B,)` of bool; never without noise."""

@@ -162,7 +162,8 @@ class ReconstructionData(lightning.LightningDataModule):
             left = [index for index in indices if case_id(file.path, index) not in skip]
             undone = set(left)
             dealt = indices if self.whole_batches else left
-            groups = [dealt[i : i + self.batch_size] for i in range(0, len(dealt), self.batch_size)]
+            num = -(-len(dealt) // self.batch_size)  # of equal size, but for one: none is left alone at the end
+            groups = [dealt[j * len(dealt) // num : (j + 1) * len(dealt) // num] for j in range(num)]
             batches += [(file, group) for group in groups if not undone.isdisjoint(group)]
         return DataLoader(_Batches(batches[rank::num_ranks], self.load), batch_size=None, num_workers=self.num_workers)
 

@@ -227,7 +227,7 @@ def describe(summary: Mapping[str, Any]) -> str:
     cases, patients = summary.get("num_cases", 0), summary.get("num_patients", 0)
     counted = f"{cases} slice{'s' * (cases != 1)} of {patients} patient{'s' * (patients != 1)}"
     excluded = {k: v["num_excluded"] for k, v in summary.items() if isinstance(v, Mapping) and v.get("num_excluded")}
-    left_out = "; not finite and left out: " + ", ".join(f"{n} of {k}" for k, n in excluded.items()) if excluded else ""
+    left_out = "; missing or not finite, left out: " + ", ".join(f"{n} of {k}" for k, n in excluded.items()) if excluded else ""
     return f"{counted}; intervals: {summary.get('interval', '')}{left_out}"
 
 

@@ -117,15 +117,32 @@ def test_a_pool_shares_one_adapter() -> None:
     assert alone[0].movement != traces[0].movement
 
 
-@pytest.mark.parametrize(("num", "rounds"), [(2, 3), (5, 8), (9, 4), (32, 8), (33, 7)])
-def test_those_that_teach_are_spread_over_the_pool(num: int, rounds: int) -> None:
-    watched = num // 2
-    teachers = spread(num, watched, rounds)
-    assert len(teachers) == rounds and watched not in teachers and set(teachers) <= set(range(num))
-    assert len(set(teachers)) == min(rounds, num - 1)
-    gaps = torch.tensor([-1, *sorted(set(teachers)), num]).diff()
-    assert gaps.max() <= 1 + 2 * -(-num // min(rounds, num - 1))
-    assert spread(1, 0, rounds) == []
+@pytest.mark.parametrize(("num", "teachers"), [(1, 16), (2, 3), (5, 8), (9, 4), (32, 16), (33, 7)])
+def test_those_that_teach_are_spread_over_the_pool(num: int, teachers: int) -> None:
+    chosen = spread(num, teachers)
+    assert len(chosen) == len(set(chosen)) == min(num, teachers) and set(chosen) <= set(range(num))
+    gaps = torch.tensor([-1, *chosen, num]).diff()
+    assert gaps.min() >= 1 and gaps.max() <= -(-num // len(chosen))
+
+
+def test_more_cases_teach_more() -> None:
+    # Six phantoms are reconstructed better by a prior that learned from all of them than by one that learned from one.
+    x, y, operator = make_cases(6)
+    error = {}
+    for teachers in (1, 6):
+        em = make_em(steps=25, num_pixels=1024, teachers=teachers)
+        estimate, _ = run(em, y, operator, make_prior(), names="abcdef", pool=True)
+        error[teachers] = float((estimate.mean - x).square().mean())
+    assert error[6] < 0.85 * error[1]
+
+
+def test_only_those_that_teach_cost_rounds() -> None:
+    _, y, operator = make_cases(6)
+    costs = []
+    for teachers in (2, 4):
+        estimate, _ = run(make_em(teachers=teachers), y, operator, make_prior(), names="abcdef", pool=True)
+        costs.append(6 * (mean_cost(estimate, "num_evaluations") - SAMPLER.num_evaluations))
+    assert costs[1] == pytest.approx(2 * costs[0])
 
 
 def test_a_pool_tells_of_the_case_that_it_watches() -> None:
@@ -164,6 +181,20 @@ def test_rounds_end_where_the_noise_explains_the_rest() -> None:
     assert len(trace.steps) == 1 and "noise" in trace.reason and set(trace.movement.values()) == {0.0}
     _, (trace,) = run(make_em(rounds=3, discrepancy=1e-6), y, operator, make_prior())
     assert len(trace.steps) == 4
+
+
+def test_what_diverges_says_in_which_round_and_names_the_rate() -> None:
+    _, y, operator = make_cases()
+    with pytest.raises(InputError, match=r"diverged in round 1.* adaptation\.learning_rate, which is 1e\+30"):
+        run(make_em(rounds=1, steps=1, learning_rate=1e30), y, operator, make_prior())
+    with pytest.raises(InputError, match="finite"):
+        make_em(sigma_max=float("inf"))
+
+
+def test_a_discrepancy_without_noise_is_told_to_stop_nothing() -> None:
+    _, y, operator = make_cases()
+    with pytest.warns(UserWarning, match="noise level is not known.*adaptation.held_out"):
+        run(make_em(rounds=1, discrepancy=1.0), y, operator, make_prior())
 
 
 def test_what_it_spends_is_counted() -> None:

@@ -21,6 +21,7 @@ from invrecon.errors import InputError
 from invrecon.methods.base import Estimate
 from invrecon.methods.conditioning import NormalisedGuidance, ProximalConditioning
 from invrecon.methods.padis import PaDISNormalised
+from invrecon.methods.plugandplay import AnnealedPnPADMM
 from invrecon.methods.sampling import ProximalDiffusion, Sampler
 from invrecon.methods.schedule import KarrasSchedule
 from invrecon.methods.start import NoiseStart
@@ -263,8 +264,21 @@ def test_the_discrepancy_ends_it_where_the_noise_explains_the_rest() -> None:
     _, (trace,) = plan(y, noisy, prior, fast(), make_generators(0, ["a"]))
     assert len(trace.steps) == 1 and "noise" in trace.reason
     assert set(trace.movement.values()) == {0.0}
-    _, (trace,) = run(plan, fast(2), prior, y)  # without noise it never stops
+    with pytest.warns(UserWarning, match="noise level is not known"):
+        _, (trace,) = run(plan, fast(2), prior, y)  # without noise it never stops
     assert len(trace.steps) == 2
+
+
+@pytest.mark.parametrize("plan", [SelfSupervised(noise_from="unadapted"), SelfSupervised(output="denoised")])
+def test_a_state_that_is_no_estimate_plus_noise_is_refused(plan: SelfSupervised) -> None:
+    # The state of ADMM: with the prior's noise in its place a chest was reconstructed at 5 dB, without a word.
+    with pytest.raises(InputError, match=r"AnnealedPnPADMM is not an estimate plus noise.*ProximalDiffusion"):
+        run(plan, AnnealedPnPADMM(num_levels=2), make_prior(), measure())
+
+
+def test_an_adaptation_at_no_level_is_refused() -> None:
+    with pytest.raises(InputError, match=r"at none of the sampler's 2 levels.*sigma_max"):
+        run(SelfSupervised(levels=Levels(sigma_max=1e-6)), fast(2), make_prior(), measure())
 
 
 def test_averaged_weights_move_less() -> None:

@@ -188,7 +188,8 @@ def test_adaptations_go_by_their_names(
     adaptation = {"class_path": name}
     if name == "ExpectationMaximisation":
         adaptation["init_args"] = {"rounds": 1, "steps": 1, "held_out": {"class_path": "HeldOutViews"}}
-    options = (f"--model.adaptation={json.dumps(adaptation)}", "--data.slices=0")
+    levels = "--model.method.num_levels=4"  # DDIP leaves out the first and the last
+    options = (f"--model.adaptation={json.dumps(adaptation)}", "--data.slices=0", levels)
     model = invrecon(command("predict", *options)).model
     assert type(model.adaptation).__name__ == name
     with Image.open(tmp_path / "out" / "figures" / "a_0000_adaptation.png") as image:
