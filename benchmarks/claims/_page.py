@@ -11,6 +11,7 @@ from benchmarks import _common, _machine
 from benchmarks._record import read_record
 from benchmarks.claims._problems import PROBLEMS
 from benchmarks.claims._verdicts import FAILS, HOLDS, MISSING, OPEN, REPRODUCED
+from benchmarks.claims.table_a import EVALUATIONS
 from invrecon.errors import InputError
 from invrecon.files import atomic_write
 
@@ -28,6 +29,7 @@ A claim is *reproduced* or *not reproduced* if the whole interval of its number 
 named beside it, and *undecided* otherwise. What was not reproduced here may well hold elsewhere, for other data,
 networks and budgets: the tables say what was run.
 """
+FEWER = f", in {EVALUATIONS} evaluations"  # ends claims that are published with up to 1000
 OUTCOMES = (REPRODUCED[HOLDS], REPRODUCED[FAILS], OPEN)
 
 
@@ -55,10 +57,14 @@ def _page(path: Path, folder: Path, titles: Mapping[str, str], found: Mapping[st
     yield INTRODUCTION
     rows = {letter: list(list_verdicts(content)) for letter, content in found.items()}
     link = {letter: Path(os.path.relpath(folder / f"{letter}.md", path.parent)).as_posix() for letter in found}
-    counts = (
-        (f"[({letter}) {titles[letter]}]({link[letter]})", *(sum(row[2] == word for row in own) for word in OUTCOMES))
-        for letter, own in rows.items()
-    )
+    counts = []
+    for letter, own in rows.items():
+        cut = [row for row in own if FEWER in row[0]]
+        fewer = f": published with up to 1000 evaluations, put to {EVALUATIONS}"
+        for label, part in (("", [row for row in own if row not in cut]), (fewer, cut)):
+            if part:
+                numbers = (sum(row[2] == word for row in part) for word in OUTCOMES)
+                counts.append((f"[({letter}) {titles[letter]}]({link[letter]}){label}", *numbers))
     yield _common.markdown(["Table", *OUTCOMES], counts) + "\n"
     for letter, own in rows.items():
         content = found[letter]
