@@ -31,6 +31,8 @@ COLUMNS: dict[str, Column] = {
     "psnr": Column("PSNR", "dB", 2, 1),
     "ssim": Column("SSIM", "", 4, 1),
     "psnr_body": Column("PSNR, body", "dB", 2, 1),
+    "seams": Column("Seams", "", 3, 0),
+    "contrast": Column("Seam contrast", "", 3, 0),
     "acceleration": Column("Acceleration", "", 2, 0),
     "relative_residual": Column("Residual", "", 5, -1),
     "data_loss": Column("Data loss", "", 3, -1, "g"),
@@ -227,7 +229,8 @@ def describe(summary: Mapping[str, Any]) -> str:
     cases, patients = summary.get("num_cases", 0), summary.get("num_patients", 0)
     counted = f"{cases} slice{'s' * (cases != 1)} of {patients} patient{'s' * (patients != 1)}"
     excluded = {k: v["num_excluded"] for k, v in summary.items() if isinstance(v, Mapping) and v.get("num_excluded")}
-    left_out = "; missing or not finite, left out: " + ", ".join(f"{n} of {k}" for k, n in excluded.items()) if excluded else ""
+    names = ", ".join(f"{n} of {k}" for k, n in excluded.items())
+    left_out = f"; missing or not finite, left out: {names}" if excluded else ""
     return f"{counted}; intervals: {summary.get('interval', '')}{left_out}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ class LinearOperator(nn.Module, ABC):
         complex_images: Whether the image's two channels are the real and imaginary parts of complex numbers.
         image_shape: Shape of one image without the batch dimension, `(C, *S)`.
         measurement_shape: Shape of one measurement without the batch dimension.
+        baseline_name: What the field calls `baseline`, which the method `FBP` returns.
         noise_std: Standard deviation of the measurement noise, in units of `y`: `(B,)` (one a sample), the
             shape of `y` (one a ray), or None for noise-free data. It arrives with the case, by `bind`.
 
@@ -39,6 +40,7 @@ class LinearOperator(nn.Module, ABC):
     """
 
     complex_images: bool = False
+    baseline_name: ClassVar[str] = "FBP"
     noise_std: Tensor | None
     _anchor: Tensor
 

@@ -146,6 +146,7 @@ class FourierMask(SpectralOperator):
     """
 
     complex_images = True
+    baseline_name = "zero-filled"
 
     def __init__(self, mask: Mask) -> None:
         kept = _mask_matrix(mask, "FourierMask")

@@ -51,6 +51,7 @@ class MRI(LinearOperator):
     """
 
     complex_images = True
+    baseline_name = "zero-filled"
     maps: Tensor | None
 
     def __init__(self, size: int | tuple[int, int], encoding_shape: tuple[int, ...], maps: Tensor | None) -> None:

@@ -56,6 +56,8 @@ class NonCartesianMRI(MRI):
         InputError: A trajectory of another shape or range; maps as in `MRI`.
     """
 
+    baseline_name = "gridding"
+
     def __init__(self, size: int | tuple[int, int], trajectory: Tensor, maps: Tensor | None = None) -> None:
         self._trajectory = _check_trajectory(trajectory)
         super().__init__(size, tuple(self._trajectory.shape[:2]), maps)

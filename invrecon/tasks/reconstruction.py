@@ -21,6 +21,7 @@ from invrecon.data.intensity import Intensity
 from invrecon.data.kspace import crop
 from invrecon.errors import InputError
 from invrecon.methods.base import Estimate, Method
+from invrecon.methods.classical import FBP
 from invrecon.methods.dip import FittedEstimate, NetworkFit
 from invrecon.methods.sampling import UnconditionalSampler
 from invrecon.metrics.image import body_mask, masked_psnr, psnr, ssim
@@ -35,10 +36,12 @@ from invrecon.priors.base import Prior
 from invrecon.priors.layouts import Layout
 from invrecon.priors.mirror import MirroredPrior
 from invrecon.priors.patch import PatchPrior
+from invrecon.priors.thirdparty.options import as_option
 from invrecon.priors.weights import PriorCard, file_hash, load_prior
 from invrecon.rng import Generators, make_generators
 from invrecon.shared import find_shared
 from invrecon.tasks.fits import fit_traces
+from invrecon.tasks.generation import seam_columns
 
 
 @dataclass
@@ -156,9 +159,12 @@ class Reconstruction(lightning.LightningModule):
     def _check_prior(self, card: PriorCard) -> None:
         intensity, channels = self._intensity(), card.network["image_channels"]
         if card.intensity != asdict(intensity):
+            instead = "use a prior of this scale, or train one"
+            if card.denoiser:  # someone else's: of its scale, the file says what was typed or assumed at its import
+                instead += f"; or, if its images were of this scale, import it again with {as_option(intensity)}"
             raise InputError(
                 f"The prior was trained on the intensity scale {card.intensity}, the data have "
-                f"{asdict(intensity)}: use a prior of this scale, or train one"
+                f"{asdict(intensity)}: {instead}"
                 f"{', or set data.intensity like that of the prior' if self._generates() else ''}."
             )
         if channels != self.operator.image_shape[0]:
@@ -235,8 +241,8 @@ class Reconstruction(lightning.LightningModule):
 
     @property
     def label(self) -> str:
-        """The method's name in tables and figures."""
-        return type(self.method).__name__
+        """The method's name in tables and figures; the direct inverse has that of the operator's field."""
+        return self.operator.baseline_name if type(self.method) is FBP else type(self.method).__name__
 
     def solve(
         self, y: Tensor | None, operator: LinearOperator, generators: Generators
@@ -279,6 +285,8 @@ class Reconstruction(lightning.LightningModule):
             columns = {"psnr": psnr(shown, truth).tolist(), "ssim": ssim(shown, truth).tolist()}
             if self._intensity().units == "HU":  # a photograph has no patient in it
                 columns["psnr_body"] = masked_psnr(estimate.mean, reference, body_mask(reference)).tolist()
+        if self._generates():
+            columns |= seam_columns(estimate.mean, self.prior)
         if isinstance(operator, MRI) and batch.mask is not None:
             if isinstance(operator, CartesianMRI):  # along a trajectory the mask is of no account
                 columns["acceleration"] = [round(value, 4) for value in achieved_acceleration(batch.mask).tolist()]

@@ -283,6 +283,7 @@ def test_magnitudes_are_measured_with_coils_phase_and_noise(
     cli = invrecon([*args, "--data.num_coils=5", "--data.slices=1"])
     (row,) = rows_of(tmp_path)
     assert row["measurement"] == f"CartesianMRI, 5 coils, {SIZE} x {SIZE}, SNRNoise, simulated"
+    assert row["method"] == "zero-filled"  # of the class FBP, which is no word of MRI's
     assert isinstance(cli.model, Reconstruction)
     (batch,) = cli.datamodule.test_dataloader()
     y, operator, reference = cli.model.measure(batch)
