@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from invrecon.data.kspace import MAGNITUDE
+from invrecon.data.intensity import MAGNITUDE
 from invrecon.data.mri import MRIData
 from invrecon.demo import command_line, one_batch, open_prior, reconstruct, write_results
 from invrecon.errors import InputError

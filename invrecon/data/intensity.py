@@ -44,3 +44,4 @@ class Intensity:
 
 HOUNSFIELD = Intensity()
 RGB = Intensity(offset=0.0, scale=255.0, units="8 bit")  # natural images
+MAGNITUDE = Intensity(offset=0.0, scale=1.0, units="a.u.")  # of complex images; each case brings a scale of its own

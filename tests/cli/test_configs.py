@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import inspect
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,9 @@ import yaml
 from safetensors.torch import load_file
 
 import invrecon.methods
+from invrecon.data.intensity import Intensity
 from invrecon.errors import InputError
+from invrecon.metrics import seam_statistic
 from invrecon.precision import training_precision
 from tests.cli.tiny import FAST, QUIET, ROOT, SIZE, files_in, learn, read, reconstruct
 
@@ -264,15 +268,27 @@ def test_a_prior_of_ct_is_not_for_photos(invrecon: Callable[..., Any], library: 
         invrecon(reconstruct("test", "recon_rgb.yaml", library / "photos", tmp_path / "out", *args))
 
 
-def test_unconditional_samples(invrecon: Callable[..., Any], library: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["patch", "whole"])
+def test_unconditional_samples(invrecon: Callable[..., Any], library: Path, tmp_path: Path, kind: str) -> None:
     out = tmp_path / "out"
     args = ["predict", "--config", "generate_ct.yaml", "--output", str(out), *QUIET, "--model.num_figures=1"]
-    args += [f"--model.prior={library}/whole.safetensors", f"--model.operator.size={SIZE}", f"--data.size={SIZE}"]
+    args += [f"--model.prior={library}/{kind}.safetensors", f"--model.operator.size={SIZE}", f"--data.size={SIZE}"]
     invrecon([*args, "--model.method.schedule.num_levels=2", "--data.num_images=3", "--data.batch_size=2"])
     samples = read(out / "sample.h5")
     assert samples.shape == (3, SIZE, SIZE)
     assert abs(samples[0] - samples[1]).max() > 1  # [HU]: each from a seed of its own
     assert {"report.html", "figures/sample_0001.png"} <= files_in(out)
+    rows = list(csv.DictReader((out / "metrics.csv").open()))
+    summary, page = json.loads((out / "summary.json").read_text()), (out / "report.html").read_text()
+    assert len(rows) == 3 and all(value != "" for row in rows for value in row.values()), "no column is empty"
+    assert not {"psnr", "ssim", "psnr_body"} & {*rows[0], *summary}
+    seams = {"seams", "contrast"}  # only patches have them
+    assert seams & set(rows[0]) == seams & set(summary) == (seams if kind == "patch" else set())
+    assert ("Seam contrast" in page) == (kind == "patch") and "show nobody" in page
+    if kind == "patch":
+        images = Intensity().encode(torch.from_numpy(samples))[:, None]  # 8-pixel patches: a centred grid begins at 0
+        expected = seam_statistic(images, 8).tolist()
+        assert [float(row["seams"]) for row in rows] == pytest.approx(expected, rel=0.02)
 
 
 def test_an_existing_file_wins_over_a_shipped_config(

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from invrecon.priors.base import Prior
-from invrecon.priors.thirdparty.convert import Options, import_weights
+from invrecon.priors.thirdparty.convert import import_weights
 from invrecon.priors.thirdparty.denoiser import FAMILIES
 from invrecon.priors.thirdparty.layers import Resample
+from invrecon.priors.thirdparty.options import Options
 from invrecon.priors.weights import load_prior
 
 SIZE = 16
@@ -110,7 +111,7 @@ def options(config: dict[str, Any], **changes: Any) -> Options:
     positions = config["position_channels"] > 0
     asked = {key: value for key, value in ASKED.items() if positions or key == "image_size"}
     if "new_attention_order" in config:  # guided diffusion
-        asked["head_channels"] = config["head_channels"]
+        asked |= {"head_channels": config["head_channels"], "image_channels": config["image_channels"]}
     return Options(**asked | changes)
 
 

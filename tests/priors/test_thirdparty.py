@@ -19,10 +19,11 @@ from invrecon.methods.sampling import ProximalDiffusion
 from invrecon.operators import ParallelBeamCT
 from invrecon.priors.base import broadcast
 from invrecon.priors.patch import PatchPrior, WholePrior
-from invrecon.priors.thirdparty.convert import Options, convert, import_weights, require_heads
+from invrecon.priors.thirdparty.convert import convert, import_weights, require_heads
 from invrecon.priors.thirdparty.denoiser import FAMILIES, ImportedDenoiser
 from invrecon.priors.thirdparty.infer import Heads
 from invrecon.priors.thirdparty.layers import FilteredConv, Resample
+from invrecon.priors.thirdparty.options import Options
 from invrecon.priors.thirdparty.preconditioning import PRECONDITIONINGS, ContinuousVP, Discrete
 from invrecon.priors.thirdparty.sources import Source
 from invrecon.priors.weights import load_prior, save_prior

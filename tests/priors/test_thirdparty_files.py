@@ -8,6 +8,7 @@ import math
 import pickle
 import sys
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -16,12 +17,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from invrecon.cli import main
 from invrecon.errors import InputError
-from invrecon.priors.thirdparty.convert import Options, convert, import_weights
+from invrecon.priors.thirdparty.convert import convert, import_weights
 from invrecon.priors.thirdparty.layers import Resample
+from invrecon.priors.thirdparty.options import Options
 from invrecon.priors.thirdparty.sources import Source
 from invrecon.priors.weights import load_prior
 from tests.priors.foreign import NCSNPP, SONG, foreign, inputs, network, relative
@@ -268,6 +270,40 @@ def test_tensors_that_cannot_be_are_named(key: str, shape: tuple[int, ...], mess
     tensors = foreign(network("song", SONG)) | {key: torch.ones(shape)}
     save_file(tensors, tmp_path / "w.safetensors")
     with pytest.raises(InputError, match=message):
+        import_weights(tmp_path / "w.safetensors", tmp_path / "p.safetensors", Options())
+
+
+ODD: dict[str, tuple[Callable[[], Tensor], str]] = {
+    "expanded": (lambda: torch.zeros(1).expand(10**6, 10**6), r"\(1000000, 1000000\) repeats the 1 numbers"),
+    "coo": (lambda: torch.eye(3).to_sparse(), "is sparse_coo, expected a dense one"),
+    "csr": (lambda: torch.eye(3).to_sparse_csr(), "is sparse_csr, expected a dense one"),
+    "meta": (lambda: torch.empty(3, device="meta"), "on the device 'meta', without numbers"),
+    "nested": (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "is nested"),
+    "jagged": (lambda: torch.nested.nested_tensor([torch.ones(2)], layout=torch.jagged), "is nested"),
+    "float8": (lambda: torch.ones(3).to(torch.float8_e4m3fn), "holds torch.float8_e4m3fn, expected"),
+    "complex": (lambda: torch.ones(3, dtype=torch.complex64), "holds torch.complex64, expected"),
+    "too large": (lambda: torch.full((3,), 1e300, dtype=torch.float64), "NaN or Inf, as float32"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor", "ignore:The PyTorch API of nested", "ignore:TypedStorage")
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("key", ["junk", "map_layer0.weight", "map_label.weight"])
+def test_odd_tensors_are_named_before_anything_is_computed(kind: str, key: str, tmp_path: Path) -> None:
+    make, message = ODD[kind]
+    torch.save(foreign(network("song", SONG)) | {key: make()}, tmp_path / "w.pt")
+    with pytest.raises(InputError, match=f"'{key}' .*{message}"):
+        import_weights(tmp_path / "w.pt", tmp_path / "p.safetensors", Options())
+    # Beside the network, they are no matter.
+    torch.save({"model": foreign(network("song", SONG)), "beside": make()}, tmp_path / "w.pt")
+    import_weights(tmp_path / "w.pt", tmp_path / "p.safetensors", Options())
+
+
+def test_float8_of_safetensors_is_named(tmp_path: Path) -> None:
+    tensors = foreign(network("song", SONG))
+    tensors["map_layer0.weight"] = tensors["map_layer0.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors, tmp_path / "w.safetensors")
+    with pytest.raises(InputError, match=r"'map_layer0.weight' holds torch.float8_e4m3fn"):
         import_weights(tmp_path / "w.safetensors", tmp_path / "p.safetensors", Options())
 
 

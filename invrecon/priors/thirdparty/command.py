@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from invrecon.errors import InputError
-from invrecon.priors.thirdparty.convert import Options, import_weights
+from invrecon.priors.thirdparty.convert import import_weights
+from invrecon.priors.thirdparty.options import Options
 from invrecon.priors.thirdparty.preconditioning import PRECONDITIONINGS
 
 EPILOG = """\
@@ -39,7 +40,13 @@ def _parser() -> _Parser:
     )
     add = parser.add_argument
     add("source", type=Path, metavar="SOURCE", help="weights of a guided-diffusion, EDM or PaDIS network")
-    add("--output", type=Path, required=True, metavar="FILE", help="the prior to write, ending in .safetensors")
+    add(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the prior to write, ending in .safetensors; folders are created",
+    )
     add("--settings", type=Path, metavar="JSON", help="the original program's arguments (num_head_channels, ...)")
     add("--key", metavar="PREFIX", help="which network of several in the file (default: the averaged one)")
     group = parser.add_argument_group("what no shape tells of the network")
@@ -71,8 +78,17 @@ def _parser() -> _Parser:
     group = parser.add_argument_group("what its images were")
     add = group.add_argument
     add("--image-size", type=_count, metavar="N", help="side of its training images (EDM: in the tensors' names)")
+    add(
+        "--image-channels", type=_count, metavar="N", help="their channels, where the network's can be read in two ways"
+    )
     add("--data-range", type=float, nargs=2, metavar=("LOW", "HIGH"), help="its values for our 0 and 1 (default: 0 1)")
-    add("--intensity", nargs=3, metavar=("OFFSET", "SCALE", "UNITS"), help="x = (value - OFFSET)/SCALE, value in UNITS")
+    add(
+        "--intensity",
+        nargs=3,
+        metavar=("OFFSET", "SCALE", "UNITS"),
+        help="x = (value - OFFSET)/SCALE, value in UNITS: -1000 3000 HU for our CT, 0 1 a.u. for MRI, 0 255 '8 bit' "
+        "for RGB images (default: that of RGB for three channels, else unknown, which no data are of)",
+    )
     add("--padding", type=_padding, metavar="M", help="PaDIS: padding of a side in training; none: positions as ours")
     add("--patch-sizes", type=_count, nargs="+", default=[], metavar="P", help="sides of its patches, largest first")
     add("--data", nargs="+", default=[], metavar="NAME", help="what it was trained on, for the card")

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from invrecon.errors import InputError
+from invrecon.priors.thirdparty.channels import Channels
 
 Tensors = Mapping[str, Tensor]
 HEAD_CHANNELS = 64
@@ -63,29 +64,12 @@ def shape(tensors: Tensors, key: str, num_axes: int) -> tuple[int, ...]:
     return found
 
 
-def channels(inputs: int, outputs: int) -> dict[str, int]:
-    """Returns image, output and position channels of a network.
-
-    Raises:
-        InputError: If the numbers fit neither an image, nor an image and its variance, nor an image and positions.
-    """
-    if outputs in (inputs, 2 * inputs):
-        return {"image_channels": inputs, "out_channels": outputs, "position_channels": 0}
-    for image in (outputs, outputs // 2):
-        if inputs == image + 2 and outputs in (image, 2 * image):
-            return {"image_channels": image, "out_channels": outputs, "position_channels": 2}
-    raise InputError(
-        f"The network maps {inputs} channels to {outputs}, expected as many, twice as many (a learned variance), or "
-        "two fewer (positions): networks with other conditions cannot be imported."
-    )
-
-
 def multipliers(widths: list[int], base: int) -> list[float]:
     """Returns the widths in units of `base`, as integers where they are."""
     return [width // base if width % base == 0 else width / base for width in widths]
 
 
-def guided_diffusion(tensors: Tensors, heads: Heads) -> dict[str, Any]:
+def guided_diffusion(tensors: Tensors, heads: Heads, channels: Channels) -> dict[str, Any]:
     """Returns the arguments of `GuidedDiffusionUNet`.
 
     Encoder and decoder have `L (n + 1)` stages each, for `L` levels of `n` blocks: `n + 1` is the number of stages
@@ -119,7 +103,7 @@ def guided_diffusion(tensors: Tensors, heads: Heads) -> dict[str, Any]:
     features, _ = shape(tensors, "input_blocks.1.0.emb_layers.1.weight", 2)
     return {
         "family": "guided-diffusion",
-        **channels(inputs, outputs),
+        **channels.read(inputs, outputs, upsampler=True),
         "base_channels": base,
         "stem_channels": stem,
         "multipliers": multipliers(widths, base),
@@ -132,7 +116,7 @@ def guided_diffusion(tensors: Tensors, heads: Heads) -> dict[str, Any]:
     }
 
 
-def song(tensors: Tensors, heads: Heads, taps: list[float] | None) -> dict[str, Any]:
+def song(tensors: Tensors, heads: Heads, taps: list[float] | None, channels: Channels) -> dict[str, Any]:
     """Returns the arguments of `SongUNet`.
 
     Args:
@@ -140,6 +124,7 @@ def song(tensors: Tensors, heads: Heads, taps: list[float] | None) -> dict[str, 
         heads: What is stated of its attention; one head if nothing.
         taps: The resampling filter, for a file without its buffers; if None that of NCSN++ for a residual encoder,
             `[1, 3, 3, 1]`, else `[1, 1]`.
+        channels: What is stated of its channels.
 
     Raises:
         InputError: If the tensors are not those of such a network.
@@ -155,7 +140,7 @@ def song(tensors: Tensors, heads: Heads, taps: list[float] | None) -> dict[str, 
             encoder = kind
     return {
         "family": "song",
-        **channels(inputs, outputs),
+        **channels.read(inputs, outputs),
         "resolution": resolution,
         "base_channels": base,
         **_blocks(tensors, names, base),
@@ -170,13 +155,14 @@ def song(tensors: Tensors, heads: Heads, taps: list[float] | None) -> dict[str, 
     }
 
 
-def dhariwal(tensors: Tensors, heads: Heads, taps: list[float] | None) -> dict[str, Any]:
+def dhariwal(tensors: Tensors, heads: Heads, taps: list[float] | None, channels: Channels) -> dict[str, Any]:
     """Returns the arguments of `DhariwalUNet`.
 
     Args:
         tensors: Its tensors.
         heads: What is stated of its attention; 64 channels a head if nothing.
         taps: The resampling filter, for a file without its buffers; `[1, 1]` if None.
+        channels: What is stated of its channels.
 
     Raises:
         InputError: If the tensors are not those of such a network.
@@ -187,7 +173,7 @@ def dhariwal(tensors: Tensors, heads: Heads, taps: list[float] | None) -> dict[s
     outputs, *_ = shape(tensors, "out_conv.weight", 4)
     return {
         "family": "dhariwal",
-        **channels(inputs, outputs),
+        **channels.read(inputs, outputs),
         "resolution": resolution,
         "base_channels": base,
         **_blocks(tensors, names, base),
