@@ -51,13 +51,27 @@ def spawn(generators: Generators, num: int) -> list[torch.Generator]:
     return children
 
 
-def randn(shape: Sequence[int], generators: Generators, like: Tensor) -> Tensor:
+def randn(shape: Sequence[int], generators: Generators, like: Tensor, out: Tensor | None = None) -> Tensor:
     """Returns standard normal noise `(B, *shape)` with the dtype and device of `like`.
 
     Drawn on the CPU, sample by sample, so that the numbers agree between devices and batch sizes.
+
+    Args:
+        shape: Shape of one sample.
+        generators: One generator a sample.
+        like: Gives dtype and device.
+        out: Noise of an earlier call that is no longer needed: it is overwritten and returned if it fits.
     """
-    draws = [torch.randn(tuple(shape), generator=g, dtype=like.dtype) for g in generators]
-    return torch.stack(draws).to(like.device)
+    size, on_cpu = (len(generators), *shape), like.device.type == "cpu"
+    if out is not None:
+        alike = (out.shape, out.dtype, out.device) == (size, like.dtype, like.device)
+        out = out if alike and out.is_contiguous() else None  # in another order, other numbers would be drawn
+    noise = out if out is not None and on_cpu else torch.empty(size, dtype=like.dtype, device="cpu")
+    for row, generator in zip(noise, generators, strict=True):
+        row.normal_(generator=generator)
+    if on_cpu:
+        return noise
+    return noise.to(like.device) if out is None else out.copy_(noise)
 
 
 def randint(high: int, generators: Generators) -> Tensor:

@@ -101,8 +101,8 @@ class ExactDataSampler(DataSampler):
         generators: Sequence[torch.Generator],
     ) -> Tensor:
         """Returns `z`."""
-        around = x0 + r * randn(x0.shape[1:], generators, x0)
-        data = y + per_sample(r / gamma.sqrt(), y) * randn(y.shape[1:], generators, y)
+        around = randn(x0.shape[1:], generators, x0).mul_(r).add_(x0)
+        data = randn(y.shape[1:], generators, y).mul_(per_sample(r / gamma.sqrt(), y)).add_(y)
         return operator.prox(around, data, gamma, max_iter=self.num_iterations)
 
 
@@ -138,8 +138,11 @@ class LangevinDataSampler(DataSampler):
         """Returns `z`."""
         h = self.step / (1 + gamma * operator.norm() ** 2)
         pull, weight, spread = per_sample(h, x0), per_sample(h * gamma, x0), per_sample(r * (2 * h).sqrt(), x0)
-        target, z = operator.adjoint(y), x0
+        target, z = operator.adjoint(y), x0.clone()
+        drift, other = torch.empty_like(z), torch.empty_like(z)  # the operator's own images may be others', and stay
         for _ in range(self.num_steps):
-            drift = weight * (operator.normal(z) - target) + pull * (z - x0)
-            z = z - drift + spread * randn(x0.shape[1:], generators, x0)
+            drift.copy_(operator.normal(z)).sub_(target).mul_(weight)
+            z.sub_(drift.add_(other.copy_(z).sub_(x0).mul_(pull)))
+            other = randn(x0.shape[1:], generators, x0, out=other)
+            z.add_(other.mul_(spread))
         return z

@@ -17,7 +17,6 @@ from invrecon.methods.sampling import Sampler
 from invrecon.methods.schedule import GeometricSchedule, PairedSchedule
 from invrecon.methods.start import Start
 from invrecon.methods.transitions import Denoised, Langevin, ReverseSDE, Transition
-from invrecon.rng import randn
 
 if TYPE_CHECKING:
     from invrecon.operators.base import LinearOperator
@@ -81,7 +80,7 @@ class DirectConditioning(Conditioning):
             x: Tensor, sigma: float | Tensor, *, generators: Sequence[torch.Generator] | None = None
         ) -> Tensor:
             step = gradient(x, self.epsilon * sigma**2 / 2)
-            return prior(x, sigma, generators=generators) + (2 * self.zeta / self.epsilon) * step
+            return step.mul_(2 * self.zeta / self.epsilon).add_(prior(x, sigma, generators=generators))
 
         return conditional
 
@@ -109,7 +108,7 @@ class CorrectedTransition(Transition):
         if not snr > 0:
             raise InputError(f"snr is {snr}, but the corrector's signal-to-noise ratio has to be above 0.")
         self.snr, self.zeta = float(snr), _check_zeta(zeta)
-        self._predict = ReverseSDE()
+        self._predict: Transition = ReverseSDE()
         self._gradient: DirectGradient | None = None
 
     def bind(self, denoised: Denoised, operator: LinearOperator, y: Tensor) -> Transition:
@@ -117,6 +116,13 @@ class CorrectedTransition(Transition):
         bound = copy.copy(self)
         bound._gradient = DirectGradient(operator, y)
         return bound
+
+    def begin(self) -> Transition:
+        """Returns a copy that has taken no step."""
+        fresh = super().begin()
+        assert isinstance(fresh, CorrectedTransition)
+        fresh._predict = self._predict.begin()
+        return fresh
 
     @abstractmethod
     def step(self, ratio: Tensor) -> Tensor:
@@ -131,11 +137,11 @@ class CorrectedTransition(Transition):
             e = x.new_full(x.shape[:1], sigma**2 - sigma_next**2)
             x_next = self._predict(x, x0, sigma, sigma_next, generators)
         else:
-            score, noise = (x0 - x) / sigma**2, randn(x.shape[1:], generators, x)
+            score, noise = (x0 - x).div_(sigma**2), self._draw_noise(x, 1.0, generators)
             length = norm_per_sample(score).clamp(min=torch.finfo(x.dtype).tiny)
             e = self.step(norm_per_sample(noise) / length)
-            x_next = x + per_sample(e, x) * score + per_sample((2 * e).sqrt(), x) * noise
-        return x_next + self.zeta * self._gradient(x_next, e)
+            x_next = score.mul_(per_sample(e, x)).add_(x).add_(noise.mul_(per_sample((2 * e).sqrt(), x)))
+        return self._gradient(x_next, e).mul_(self.zeta).add_(x_next)
 
 
 class StandardCorrection(CorrectedTransition):

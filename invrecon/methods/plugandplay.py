@@ -189,7 +189,7 @@ class AnnealedPnPADMM(Sampler):
     weight of the data is better.
 
     No noise is put in: samples differ by a patch prior's shifts alone. For samples and their `std` take
-    `ProximalDiffusion` with `DDIM(1.0)`.
+    `ProximalDiffusion` with the arguments that it states for them.
 
     One evaluation a level (32), `2 + 2 k` operator calls for `k` CG iterations; no gradient through the network. Asks
     of the operator its proximal map (CG in general) and a direct inverse for the start, of the prior nothing but `D`.

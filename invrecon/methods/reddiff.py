@@ -106,10 +106,10 @@ class REDDiff(Method):
         most = mu.new_full(mu.shape[:1], 1 / weighted.norm() ** 2)
         adam = torch.optim.Adam([mu], lr=self.learning_rate, betas=self.decays)  # each pixel by itself
         for sigma in self.schedule.sigmas:
-            denoised = denoise(mu + sigma * randn(mu.shape[1:], draws, mu), sigma, generators=draws)
+            denoised = denoise(randn(mu.shape[1:], draws, mu).mul_(sigma).add_(mu), sigma, generators=draws)
             gamma = most if std is None else most.minimum((sigma / std.to(mu)) ** 2)
             misfit = weighted.adjoint(weighted(mu) - data)
-            mu.grad = per_sample(gamma, mu) * misfit + self.weight * (mu - denoised)
+            mu.grad = (mu - denoised).mul_(self.weight).add_(per_sample(gamma, mu) * misfit)
             adam.step()
         mean = mu.detach() if self.clip is None else mu.detach().clamp(*self.clip)
         return Estimate(

@@ -159,7 +159,7 @@ class SpectralTransition(Transition):
         mean = torch.where(informed, told, d + math.sqrt(1 - self.eta**2) * sigma_next * found)
         if sigma_next > 0:
             spread = torch.where(informed, told_spread, self.eta * sigma_next)
-            mean = mean + spread * randn(d.shape[1:], generators, d)
+            mean = randn(d.shape[1:], generators, d).mul_(spread).add_(mean)
         return data.spectrum.to_image(mean)
 
 

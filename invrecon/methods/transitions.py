@@ -7,6 +7,7 @@ diffusion of the posterior, whose denoiser is `x0`, not that of the prior. `Prio
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -35,6 +36,7 @@ class Transition(ABC):
 
     stays_at_level: bool = False
     estimates: frozenset[str] = frozenset({"posterior", "prior"})
+    _noise: Tensor | None = None  # what one run draws its noise into; none outside of a run, where nothing is kept
 
     def bind(self, denoised: Denoised, operator: LinearOperator, y: Tensor) -> Transition:
         """Returns the transition for one measurement: itself, unless it asks for more than the two images.
@@ -52,8 +54,17 @@ class Transition(ABC):
         return type(self).bind is not Transition.bind
 
     def begin(self) -> Transition:
-        """Returns what takes the steps of one run: itself, or, where steps depend on earlier ones, a fresh copy."""
-        return self
+        """Returns what takes the steps of one run: a copy that has taken none."""
+        fresh = copy.copy(self)
+        fresh._noise = torch.empty(0)
+        return fresh
+
+    def _draw_noise(self, x: Tensor, scale: float, generators: Sequence[torch.Generator]) -> Tensor:
+        """Returns `scale n`, of the size of `x`; within a run the next call overwrites it."""
+        noise = randn(x.shape[1:], generators, x, out=self._noise)
+        if self._noise is not None:
+            self._noise = noise
+        return noise.mul_(scale)
 
     @abstractmethod
     def __call__(
@@ -99,8 +110,8 @@ class DDIM(Transition):
             return x0
         fresh = self.eta * (sigma_next / sigma) * math.sqrt(max(sigma**2 - sigma_next**2, 0.0))
         kept = math.sqrt(max(sigma_next**2 - fresh**2, 0.0))
-        x_next = x0 + (kept / sigma) * (x - x0)
-        return x_next + fresh * randn(x.shape[1:], generators, x) if fresh else x_next
+        x_next = (x - x0).mul_(kept / sigma).add_(x0)
+        return x_next.add_(self._draw_noise(x, fresh, generators)) if fresh else x_next
 
 
 class DDSTransition(Transition):
@@ -122,8 +133,8 @@ class DDSTransition(Transition):
         """Returns the state at `sigma_next`."""
         if sigma_next == 0:
             return x0
-        x_next = x0 + (sigma_next * math.sqrt(1 - self.eta**2) / sigma) * (x - x0)
-        return x_next + sigma_next * self.eta * randn(x.shape[1:], generators, x) if self.eta else x_next
+        x_next = (x - x0).mul_(sigma_next * math.sqrt(1 - self.eta**2) / sigma).add_(x0)
+        return x_next.add_(self._draw_noise(x, sigma_next * self.eta, generators)) if self.eta else x_next
 
 
 class Renoise(DDSTransition):
@@ -162,7 +173,9 @@ class AcceleratedRenoise(Transition):
 
     def begin(self) -> AcceleratedRenoise:
         """Returns a copy that remembers nothing."""
-        return AcceleratedRenoise(self.noise, self.momentum)
+        fresh = AcceleratedRenoise(self.noise, self.momentum)
+        fresh._noise = torch.empty(0)
+        return fresh
 
     def __call__(
         self, x: Tensor, x0: Tensor, sigma: float, sigma_next: float, generators: Sequence[torch.Generator]
@@ -171,8 +184,8 @@ class AcceleratedRenoise(Transition):
         before, self._before = self._before, x0
         if sigma_next == 0:
             return x0
-        x_next = x0 if before is None else x0 + self.momentum * (x0 - before)
-        return x_next + self.noise * sigma_next * randn(x.shape[1:], generators, x)
+        noise = self._draw_noise(x, self.noise * sigma_next, generators)
+        return x0 + noise if before is None else (x0 - before).mul_(self.momentum).add_(x0).add_(noise)
 
 
 class DouglasRachford(Transition):
@@ -225,8 +238,8 @@ class DouglasRachford(Transition):
             self._level, self._num, self._mean = sigma, 1, denoised
         else:
             self._num += 1
-            self._mean = self._mean + (denoised - self._mean) / self._num
-        return self._mean if sigma_next == 0 else x + self.relaxation * (x0 - denoised)
+            self._mean = (denoised - self._mean).div_(self._num).add_(self._mean)
+        return self._mean if sigma_next == 0 else (x0 - denoised).mul_(self.relaxation).add_(x)
 
 
 class Langevin(Transition):
@@ -259,10 +272,10 @@ class Langevin(Transition):
         self, x: Tensor, x0: Tensor, sigma: float, sigma_next: float, generators: Sequence[torch.Generator]
     ) -> Tensor:
         """Returns the state after one step at `sigma`."""
-        x_next = x + (self.epsilon / 2) * (x0 - x)
+        x_next = (x0 - x).mul_(self.epsilon / 2).add_(x)
         if sigma_next == 0:
             return x_next
-        return x_next + self.noise * math.sqrt(self.epsilon) * sigma * randn(x.shape[1:], generators, x)
+        return x_next.add_(self._draw_noise(x, self.noise * math.sqrt(self.epsilon) * sigma, generators))
 
 
 class ReverseSDE(Transition):
@@ -284,8 +297,8 @@ class ReverseSDE(Transition):
         if sigma_next == 0:
             return x0
         released = max(sigma**2 - sigma_next**2, 0.0)
-        x_next = x + (released / sigma**2) * (x0 - x)
-        return x_next + math.sqrt(released) * randn(x.shape[1:], generators, x)
+        x_next = (x0 - x).mul_(released / sigma**2).add_(x)
+        return x_next.add_(self._draw_noise(x, math.sqrt(released), generators))
 
 
 class DenoisedTransition(Transition):
@@ -332,5 +345,5 @@ class PriorNoise(DenoisedTransition):
     ) -> Tensor:
         """Returns the state at `sigma_next`."""
         if sigma_next > 0:
-            x = x0 + (x - self.prior_estimate(x, sigma))
+            x = (x - self.prior_estimate(x, sigma)).add_(x0)
         return self.transition(x, x0, sigma, sigma_next, generators)
