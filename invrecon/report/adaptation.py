@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 Record = Mapping[str, Any]
 MAX_IMAGES, MAX_LAYERS, NUM_COLUMNS = 8, 20, 4
 DATA, GRID = "#8fd0ff", "#262b34"
+LOSSES = {"data_loss": ("measurement", DATA), "held_out_loss": ("held out", ACCENT)}
+LINEAR = {"psnr"}  # in decibels already
 
 
 def encode_trace(trace: Trace, cases: Sequence[str], with_images: bool = False) -> dict[str, Any]:
@@ -36,11 +38,14 @@ def encode_trace(trace: Trace, cases: Sequence[str], with_images: bool = False) 
 
     Returns:
         The trace's fields, `steps` without images; `cases`; `shown`, the indices of the steps whose images are kept
-        (`step_images`).
+        (`step_images`); of a fit `curves`, what the numbers of its steps are.
     """
     steps = [asdict(replace(step, image=None)) for step in trace.steps]
     for step in steps:
         del step["image"]
+        step |= step.pop("values", {})
+    named = getattr(trace, "curves", ())
+    curves = {curve.name: {"label": curve.label, "threshold": curve.threshold} for curve in named}
     return {
         "steps": steps,
         "stopped_at": trace.stopped_at,
@@ -51,6 +56,7 @@ def encode_trace(trace: Trace, cases: Sequence[str], with_images: bool = False) 
         "watched": trace.watched,
         "cases": list(cases),
         "shown": choose_steps(trace) if with_images else [],
+        **({"curves": curves} if curves else {}),
     }
 
 
@@ -105,7 +111,7 @@ def adaptation_figure(
 ) -> Path:
     """Losses along the steps and the movement of every layer; below, the estimates on the way.
 
-    Of a network that was fitted, and not adapted, there are losses alone.
+    Of a network that was fitted, and not adapted, there are losses, and what else was measured on the way.
 
     Args:
         path: PNG, written atomically.
@@ -122,7 +128,11 @@ def adaptation_figure(
     num_rows = 1 + math.ceil(len(shown) / NUM_COLUMNS)
     sheet = AdaptationSheet(num_rows, NUM_COLUMNS, (1, 1) if images is None else images.shape[-2:], title, subtitle)
     if is_fit(trace):
-        sheet.losses(trace, width=4)
+        others = [name for name in trace.get("curves", {}) if name not in LOSSES]
+        width = NUM_COLUMNS / (1 + len(others))
+        sheet.losses(trace, width)
+        for k, name in enumerate(others):
+            sheet.curve(trace, name, (1 + k) * width, width)
     else:
         sheet.losses(trace)
         sheet.movement(trace)
@@ -139,39 +149,59 @@ def adaptation_figure(
 
 
 class AdaptationSheet(Sheet):
-    """A sheet whose first row holds two plots, each two panels wide, or one of four."""
+    """A sheet whose first row holds plots side by side."""
 
-    def losses(self, trace: Record, width: int = 2) -> None:
+    def losses(self, trace: Record, width: float = 2) -> None:
         """Data and held-out loss along the steps, with a mark and a line of words where it stopped."""
-        from matplotlib.ticker import NullLocator
-
-        steps, stopped = trace["steps"], trace["stopped_at"]
-        axes = self._plot(0, "loss along the way", left=0.34, bottom=0.64, columns=width)
-        curves = {"measurement": (DATA, "data_loss"), "held out": (ACCENT, "held_out_loss")}
-        drawn = False
-        for name, (colour, key) in curves.items():
-            points = [(i, step[key]) for i, step in enumerate(steps) if step[key] is not None and step[key] > 0]
-            if points:
-                size = 3.2 if len(points) <= 30 else 0
-                axes.plot(*zip(*points, strict=True), color=colour, lw=1.3, marker="o", ms=size, label=name)
-                drawn = True
+        curves = trace.get("curves", {})
+        title = f"{'relative ' if curves else ''}loss along the way"
+        axes = self._plot(0, title, left=0.34, bottom=0.64, columns=width)
+        named = {key: (curves.get(key, {}).get("label", name), colour) for key, (name, colour) in LOSSES.items()}
         words = _sentences(_outcome(trace), trace["verdict"])
-        lines = textwrap.wrap(words, 45 * width)
+        lines = textwrap.wrap(words, int(45 * width))
         for k, line in enumerate(lines[:3]):
             more = " …" if k == 2 and len(lines) > 3 else ""
             self._text(LEFT + 0.34, TOP + self.panel_height - 0.34 + 0.14 * k, line + more, size=6.5, color=TEXT)
+        self._along(axes, trace, named, width)
+
+    def curve(self, trace: Record, name: str, column: float, width: float) -> None:
+        """What else was measured along the steps, with the value at which the rule stops."""
+        own = trace["curves"][name]
+        axes = self._plot(column, name.replace("_", " "), left=0.34, bottom=0.64, columns=width)
+        threshold = own["threshold"]
+        if threshold is not None:
+            axes.axhline(threshold, color=MUTED, linewidth=0.8, linestyle=(0, (1, 2)), label=f"stops at {threshold:g}")
+        self._along(axes, trace, {name: (own["label"], ACCENT)}, width, log=name not in LINEAR)
+
+    def _along(
+        self, axes: Any, trace: Record, curves: Mapping[str, tuple[str, str]], width: float, log: bool = True
+    ) -> None:
+        """Draws numbers of the steps, by their key with label and colour, and marks where it stopped."""
+        from matplotlib.ticker import NullLocator
+
+        steps, stopped = trace["steps"], trace["stopped_at"]
+        drawn = False
+        for key, (label, colour) in curves.items():
+            found = [(i, step.get(key)) for i, step in enumerate(steps)]
+            points = [(i, value) for i, value in found if value is not None and (value > 0 or not log)]
+            if points:
+                size = 3.2 if len(points) <= 30 else 0
+                axes.plot(*zip(*points, strict=True), color=colour, lw=1.3, marker="o", ms=size, label=label)
+                drawn = True
         if not drawn:
             axes.set_axis_off()
-            axes.text(0.5, 0.5, "no loss was recorded", transform=axes.transAxes, color=MUTED, fontsize=7, ha="center")
+            text = f"no {'loss' if 'data_loss' in curves else 'value'} was recorded"
+            axes.text(0.5, 0.5, text, transform=axes.transAxes, color=MUTED, fontsize=7, ha="center")
             return
-        axes.set_yscale("log")
         axes.margins(y=0.16)
-        ticks = _log_ticks(*axes.get_ylim())
-        axes.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])
+        if log:
+            axes.set_yscale("log")
+            ticks = _log_ticks(*axes.get_ylim())
+            axes.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])
         axes.yaxis.set_minor_locator(NullLocator())
         axes.grid(axis="y", color=GRID, linewidth=0.5)
         axes.set_xlim(-0.5, len(steps) - 0.5)
-        num, last = 4 * width, len(steps) - 1
+        num, last = max(2, int(4 * width)), len(steps) - 1
         places = sorted({round(k * last / (num - 1)) for k in range(num)}) if last >= num else range(len(steps))
         longest = max(len(steps[i]["name"]) for i in places)
         places = list(places)[:: max(1, math.ceil(longest * len(places) / (42 * width)))]  # so that names stay apart
@@ -179,7 +209,7 @@ class AdaptationSheet(Sheet):
         if 0 <= stopped < len(steps):
             axes.axvline(stopped, color=TEXT, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
         style = {"fontsize": 6.5, "labelcolor": TEXT, "facecolor": BACKGROUND, "edgecolor": "none", "framealpha": 1}
-        axes.legend(loc="upper right", ncols=2, borderpad=0.2, **style)
+        axes.legend(loc="upper right" if log else "lower right", ncols=2, borderpad=0.2, **style)
 
     def movement(self, trace: Record) -> None:
         """How far the layers moved that moved furthest, as bars."""
@@ -203,7 +233,7 @@ class AdaptationSheet(Sheet):
         axes.set_xlim(0, 1.16)
         axes.set_ylim(max(len(top), 8) - 0.5, -0.5)
 
-    def _plot(self, column: int, title: str, left: float, bottom: float, columns: int = 2) -> Any:
+    def _plot(self, column: float, title: str, left: float, bottom: float, columns: float = 2) -> Any:
         """Axes over columns of the first row, with margins in inches."""
         width = columns * (PANEL + GAP) - GAP
         x, y = LEFT + column * (PANEL + GAP), self.height - TOP - self.panel_height

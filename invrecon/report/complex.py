@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from invrecon.data.fastmri_files import read_target
-from invrecon.data.intensity import Intensity
-from invrecon.data.kspace import MAGNITUDE, crop
+from invrecon.data.intensity import MAGNITUDE, Intensity
+from invrecon.data.kspace import crop
 from invrecon.metrics.mri import magnitude, phase, volume_metrics
 from invrecon.report.sheet import Window
 
@@ -72,8 +72,8 @@ def volume_rows(store: PredictionStore, earlier: Mapping[str, Mapping[str, Any]]
 
     Their data range is the largest value of these references; or what a file of fastMRI says of the reference of all of
     its slices (`max`), which is a root sum of squares where ours is the combination of coils by their maps. Where the
-    file holds that root sum of squares, `nmse_stored`, `psnr_stored` and `ssim_stored` judge against it, as fastMRI's
-    tables do.
+    file holds that root sum of squares, and coils were not mixed to whiten their noise, `nmse_stored`, `psnr_stored`
+    and `ssim_stored` judge against it, as fastMRI's tables do.
 
     Args:
         store: Of the run.
@@ -102,6 +102,7 @@ def _volume_row(store: PredictionStore, case: str, names: Sequence[str]) -> dict
         estimates.append(torch.from_numpy(part.arrays["mean"]))
         indices.append(part.index)
     target, estimate, maximum = torch.stack(targets), torch.stack(estimates), part.row.get("max")
+    stored = read_target(Path(part.source), indices, maximum)
     if maximum is not None and not 0.1 < maximum / float(target.max()) < 10:
         warnings.warn(
             f"The attribute 'max' of {part.source} is {maximum:g}, and its images reach {float(target.max()):g}: the "
@@ -111,7 +112,6 @@ def _volume_row(store: PredictionStore, case: str, names: Sequence[str]) -> dict
         maximum = None
     row = {"case": case, "num_slices": len(names), "max": maximum or float(target.max())}
     row |= volume_metrics(target, estimate, maximum)
-    stored = read_target(Path(part.source), indices)
     if stored is not None and stored.shape == estimate.shape and stored.any() and stored.isfinite().all():
         row |= {f"{name}_stored": value for name, value in volume_metrics(stored, estimate, maximum).items()}
     return row

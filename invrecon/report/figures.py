@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from invrecon.data.intensity import HOUNSFIELD, Intensity
-from invrecon.data.kspace import MAGNITUDE
+from invrecon.data.intensity import HOUNSFIELD, MAGNITUDE, Intensity
 from invrecon.metrics.image import body_mask, psnr
 from invrecon.report.sheet import INSET, Sheet, Window, grey
 

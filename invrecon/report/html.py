@@ -11,8 +11,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from invrecon.data.intensity import HOUNSFIELD, Intensity
-from invrecon.data.kspace import MAGNITUDE
+from invrecon.data.intensity import HOUNSFIELD, MAGNITUDE, Intensity
 from invrecon.errors import InputError
 from invrecon.files import atomic_write
 from invrecon.metrics.summary import (
@@ -44,6 +43,15 @@ NOTES_WITHOUT_REFERENCE = (
     "that the image explains the measurement, not that it is right: with few views very different images do.",
     "Where posterior samples were drawn, their standard deviation shows what the prior leaves open. It has "
     "not been calibrated and is no error bar for a diagnosis.",
+)
+NOTES_OF_SAMPLES = (
+    "These images answer no measurement: they are samples of what the prior takes for likely, and show nobody.",
+)
+SEAMS = (
+    "Seams: gradients across the borders of the patches' grid over those beside them, 1 without seams. A grid that "
+    "moves from evaluation to evaluation is taken where it is centred on the image. Seam contrast: the largest value "
+    "over all offsets of a grid, over the median; it exceeds 1 by chance, so compare it with that of images without a "
+    "grid.",
 )
 
 
@@ -115,8 +123,7 @@ def write_report(
     """
     rows = [dict(row) for row in rows]
     if notes is None:
-        has_reference = any(row.get("psnr") is not None for row in rows)
-        notes = _notes_with_reference(rows, intensity) if has_reference else NOTES_WITHOUT_REFERENCE
+        notes = _notes(rows, intensity)
     entries = [f if isinstance(f, Figure) else Figure(f, Path(f).stem) for f in figures]
     sections = [
         _section("Summary", _summary_table(summary) if summary else ""),
@@ -136,6 +143,15 @@ def write_report(
     with atomic_write(path) as file:
         file.write(page.encode())
     return Path(path)
+
+
+def _notes(rows: Sequence[Mapping[str, Any]], intensity: Intensity) -> tuple[str, ...]:
+    """What the numbers of these rows are."""
+    if any(row.get("psnr") is not None for row in rows):
+        return _notes_with_reference(rows, intensity)
+    if any(row.get("measurement") == "none" for row in rows):
+        return NOTES_OF_SAMPLES + (SEAMS if any(row.get("seams") is not None for row in rows) else ())
+    return NOTES_WITHOUT_REFERENCE
 
 
 def _notes_with_reference(rows: Sequence[Mapping[str, Any]], intensity: Intensity) -> tuple[str, ...]:

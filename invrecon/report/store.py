@@ -314,6 +314,8 @@ def write_metrics(
 ) -> dict[str, Any]:
     """Writes `metrics.csv` (a row a slice) and `summary.json`, and returns the latter's content.
 
+    Of samples that answer no measurement, columns that no row has a value for are left out, such as PSNR.
+
     Args:
         output_dir: Where.
         rows: As of `PredictionStore.rows`. With one method the summary is that of `metrics.summarise`, so
@@ -326,7 +328,9 @@ def write_metrics(
     """
     named = summarise_by(rows, "method", seed=seed)
     summary = next(iter(named.values())) if len(named) == 1 else (named or summarise([]))
-    write_csv(Path(output_dir) / "metrics.csv", rows, ROW_FIELDS)
+    generated = bool(rows) and all(row.get("measurement") == "none" for row in rows)
+    fields = [name for name in ROW_FIELDS if not generated or any(row.get(name) is not None for row in rows)]
+    write_csv(Path(output_dir) / "metrics.csv", rows, fields)
     write_json(Path(output_dir) / "summary.json", summary)
     return summary
 

@@ -16,8 +16,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from invrecon.data.intensity import Intensity
-from invrecon.data.kspace import MAGNITUDE
+from invrecon.data.intensity import MAGNITUDE, Intensity
 from invrecon.data.reconstruction import case_id
 from invrecon.data.volume import file_stem
 from invrecon.files import atomic_write, read_csv, write_csv, write_json
@@ -183,7 +182,7 @@ class ResultWriter(lightning.Callback):
             return
         rows = self.store.rows()
         if self.store.is_older_than(self.output / "report.html"):
-            if any("psnr" in row for row in rows):
+            if has_quality(rows):
                 print(_table(pl_module.label, summarise(rows)))
             print(f"Nothing is new in {self.output}: report.html and figures are as they were.")
             return
@@ -199,7 +198,7 @@ class ResultWriter(lightning.Callback):
         volumes = self.store.assemble()
         heading = "Fit" if any(is_fit(trace) for trace in traces.values()) else "Adaptation"
         self._write_page(parts, rows, summary, pl_module, trainer, adapted, heading, judged)
-        if any("psnr" in row for row in rows):
+        if has_quality(rows):
             print(_table(pl_module.label, summary))
         print(judged, end="")
         names = ", ".join(path.name for path in volumes) or "no new volume"
@@ -310,7 +309,7 @@ class ResultWriter(lightning.Callback):
         write_report(
             self.output / "report.html",
             facts,
-            summary if any("psnr" in row for row in rows) else None,
+            summary if has_quality(rows) else None,
             rows,
             figures,
             self.config_text,
@@ -322,6 +321,11 @@ class ResultWriter(lightning.Callback):
             adaptation_heading=heading,
             intensity=intensity,
         )
+
+
+def has_quality(rows: list[dict[str, Any]]) -> bool:
+    """Whether something judges the images: a reference, or, of samples of a patch prior, their seams."""
+    return any("psnr" in row or "seams" in row for row in rows)
 
 
 def end_at_once(trainer: lightning.Trainer) -> None:

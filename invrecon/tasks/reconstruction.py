@@ -22,7 +22,7 @@ from invrecon.data.kspace import crop
 from invrecon.errors import InputError
 from invrecon.methods.base import Estimate, Method
 from invrecon.methods.classical import FBP
-from invrecon.methods.dip import FittedEstimate, NetworkFit
+from invrecon.methods.dip import NetworkFit
 from invrecon.methods.sampling import UnconditionalSampler
 from invrecon.metrics.image import body_mask, masked_psnr, psnr, ssim
 from invrecon.metrics.mri import relative_magnitudes
@@ -40,7 +40,7 @@ from invrecon.priors.thirdparty.options import as_option
 from invrecon.priors.weights import PriorCard, file_hash, load_prior
 from invrecon.rng import Generators, make_generators
 from invrecon.shared import find_shared
-from invrecon.tasks.fits import fit_traces
+from invrecon.tasks.fits import TruthWatch, fit_traces
 from invrecon.tasks.generation import seam_columns
 
 
@@ -247,10 +247,17 @@ class Reconstruction(lightning.LightningModule):
     def solve(
         self, y: Tensor | None, operator: LinearOperator, generators: Generators
     ) -> tuple[Estimate, list[Trace] | None]:
-        """Returns the estimate, and how a network was fitted, or the prior adapted, to these cases if it was."""
-        estimate = self.method(y, operator, self.prior, generators=generators)  # type: ignore[arg-type]
-        fitted = isinstance(estimate, FittedEstimate) and isinstance(self.method, NetworkFit)
-        return estimate, fit_traces(estimate, self.method) if fitted else None  # type: ignore[arg-type]
+        """Returns the estimate, and how the prior was adapted to these cases if it was."""
+        return self.method(y, operator, self.prior, generators=generators), None  # type: ignore[arg-type]
+
+    def _fit(
+        self, y: Tensor, operator: LinearOperator, generators: Generators, batch: CaseBatch, reference: Tensor | None
+    ) -> tuple[Estimate, list[Trace] | None]:
+        """Returns the estimate of a fitted network, and how it came to be, with the PSNR of iterates if known."""
+        assert isinstance(self.method, NetworkFit)
+        watch = None if reference is None else TruthWatch(lambda b, x: psnr_of(x, reference, batch, b))
+        estimate = self.method(y, operator, self.prior, generators=generators, on_iterate=watch)
+        return estimate, fit_traces(estimate, self.method, None if watch is None else watch.psnr)
 
     def reconstruct(self, batch: CaseBatch) -> Result:
         """Measures (if need be), reconstructs and judges a batch."""
@@ -264,7 +271,11 @@ class Reconstruction(lightning.LightningModule):
             torch.cuda.synchronize(self.device)  # simulating the measurement is none of the method's time
             torch.cuda.reset_peak_memory_stats(self.device)
         start = time.perf_counter()
-        estimate, traces = self.solve(y, operator, make_generators(self.seed, batch.id))
+        generators = make_generators(self.seed, batch.id)
+        if y is not None and isinstance(self.method, NetworkFit):
+            estimate, traces = self._fit(y, operator, generators, batch, reference)
+        else:
+            estimate, traces = self.solve(y, operator, generators)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         seconds = (time.perf_counter() - start) / len(batch)
@@ -397,6 +408,15 @@ def crop_estimate(estimate: Estimate, matrix: tuple[int, int]) -> Estimate:
     """Returns an estimate with its images cropped."""
     samples, std = (None if x is None else crop(x, matrix) for x in (estimate.samples, estimate.std))
     return replace(estimate, mean=crop(estimate.mean, matrix), samples=samples, std=std)
+
+
+def psnr_of(image: Tensor, reference: Tensor, batch: CaseBatch, case: int) -> float:
+    """Returns the PSNR of an image of one case of the batch [dB], judged like its reconstruction."""
+    x, truth, matrix = image, reference[case : case + 1], (batch.geometry or {}).get("matrix")
+    x = x if batch.maps is None else seen(Estimate(x), batch.maps[case : case + 1]).mean
+    if matrix is not None:
+        x, truth = crop(x, matrix), crop(truth, matrix)
+    return float(psnr(*(relative_magnitudes(x, truth) if truth.shape[1] == 2 else (x, truth))))
 
 
 def trace_columns(trace: Trace, case: int = 0) -> dict[str, Any]:

@@ -20,7 +20,8 @@ import yaml
 from safetensors.torch import load_file
 
 from invrecon.data.fastmri_files import write_fastmri
-from invrecon.data.kspace import MAGNITUDE, image_kspace
+from invrecon.data.intensity import MAGNITUDE
+from invrecon.data.kspace import image_kspace
 from invrecon.data.mri import MRIData, random_phase
 from invrecon.data.phantoms import ellipse_phantom
 from invrecon.errors import InputError
@@ -262,6 +263,15 @@ def test_a_network_is_fitted_to_a_scan(invrecon: Callable[..., Any], scans: Path
     invrecon(arguments("predict", "udig_dip_mri", scans, tmp_path, *few))
     rows = rows_of(tmp_path)
     assert len(rows) == 2 and all(float(row["num_evaluations"]) > 0 and float(row["psnr"]) > 0 for row in rows)
+
+
+def test_a_fit_tells_how_good_its_iterates_were(invrecon: Callable[..., Any], scans: Path, tmp_path: Path) -> None:
+    few = ("--model.method.num_iterations=1", "--model.num_figures=0")
+    invrecon(arguments("test", "udig_dip_mri", scans, tmp_path, *few))
+    traces = json.loads((tmp_path / "adaptation.json").read_text())
+    for row, trace in zip(rows_of(tmp_path), traces.values(), strict=True):
+        (step,) = trace["steps"]
+        assert "psnr" in trace["curves"] and step["psnr"] == pytest.approx(float(row["psnr"]), abs=1e-3)
 
 
 @pytest.mark.parametrize("method", ["DDS", "DiffPIR"])

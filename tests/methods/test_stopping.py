@@ -170,8 +170,39 @@ def test_lines_leave_the_centre_of_kspace_alone() -> None:
     expected = torch.full((SIZE,), -1)
     expected[[0, 3, 12, 15]] = torch.arange(4)
     assert torch.equal(lines[0], expected)
-    full = mri(torch.ones(1, SIZE))  # all is centre: then all may be held out
-    assert int(lines_of(full, rows_of(full, 1)).max()) == SIZE - 1
+
+
+@pytest.mark.parametrize(
+    ("size", "missing", "centre"),
+    [
+        (16, [], range(6, 10)),  # complete: a centre of 8 % of the side, 4 to 24 lines
+        (64, [], range(30, 35)),
+        (512, [], range(244, 268)),
+        (64, [0, 63], range(30, 35)),  # nearly so
+        (64, [5], range(30, 35)),
+        (64, [*range(28), *range(36, 64)], range(30, 34)),  # of a centre alone, half
+        (64, [k for k in range(64) if k % 4 and not 20 <= k < 44], range(20, 45)),  # undersampled: all of it
+    ],
+)
+def test_a_centre_is_kept_however_complete_the_scan(size: int, missing: list[int], centre: range) -> None:
+    mask = torch.ones(size, dtype=torch.bool)
+    mask[missing] = False
+    operator = CartesianMRI(size)
+    operator._set_mask(mask.float()[None, None])
+    lines = lines_of(operator, mask[:, None].expand(1, 1, size, size, 2))[0, 0, 0, :, 0]
+    expected = mask.clone()
+    expected[list(centre)] = False
+    assert torch.equal(lines >= 0, expected) and lines[lines >= 0].tolist() == list(range(int(expected.sum())))
+
+
+def test_a_fit_to_a_complete_scan_sees_the_brightness_of_the_image() -> None:
+    operator = mri(torch.ones(1, SIZE), num_coils=2)
+    x = torch.cat([torch.ones(1, 1, SIZE, SIZE), torch.zeros(1, 1, SIZE, SIZE)], 1).double()
+    operator._set_maps(torch.tensor([1.0, 0.0]).double().expand(1, 2, SIZE, SIZE, 2) / 2**0.5)
+    y = operator(x)
+    for seed in range(20):
+        data = CaseData(y, operator, HeldOutStop(0.3), generator(seed))
+        assert data.held_out.any() and float(data.fitted_y.square().sum() / y.square().sum()) == pytest.approx(1)
 
 
 def test_what_is_held_out_already_is_no_line(operator: LinearOperator) -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from invrecon.adapt.base import Step, Trace
 from invrecon.files import to_json
+from invrecon.methods.dip import Quantity
 from invrecon.report import adaptation, sheet
 from invrecon.report.adaptation import (
     adaptation_figure,
@@ -19,6 +20,7 @@ from invrecon.report.adaptation import (
     is_fit,
     step_images,
 )
+from invrecon.tasks.fits import FITTED, PSNR, FitStep, FitTrace
 
 
 def make_trace(num_steps: int = 4, with_images: bool = True, **changes) -> Trace:
@@ -87,6 +89,41 @@ def test_a_fit_has_losses_alone(monkeypatch, tmp_path):
     record = encode_trace(trace, ["lung/0003"])
     assert is_fit(record) and not is_fit(encode_trace(make_trace(), ["lung/0003"]))
     assert describe_trace(record) == "The result is that of “iteration 126” (of 276 iterations, by HeldOutStop)."
+
+
+def test_a_fit_shows_what_its_rule_followed(monkeypatch, tmp_path):
+    held_out = Quantity("held_out_loss", "held-out rows")
+    for quantity in (held_out, Quantity("discrepancy", "discrepancy, of fitted rows", threshold=1.25)):
+        steps = [FitStep(f"iteration {k + 1}", None, 2.0**-k, values={"discrepancy": 9.0 / (k + 1)}) for k in range(8)]
+        trace = FitTrace(steps, stopped_at=7, reason="of 8 iterations", curves=[FITTED, quantity])
+        words = texts_of(monkeypatch, tmp_path, trace)
+        shown = quantity is not held_out
+        assert "fitted rows" in words and "measurement" not in words
+        assert ("DISCREPANCY" in words) == ("discrepancy, of fitted rows" in words) == shown
+        assert ("stops at 1.25" in words) == shown
+
+
+def test_a_fit_shows_the_quality_of_its_iterates_where_there_is_a_truth(monkeypatch, tmp_path):
+    steps = [
+        FitStep(f"iteration {k + 1}", None, 2.0**-k, values={"psnr": None if k % 2 else k - 3.0}) for k in range(8)
+    ]
+    trace = FitTrace(steps, stopped_at=7, reason="of 8 iterations", curves=[FITTED, PSNR])
+    lines: dict[str, list[float]] = {}
+    along = adaptation.AdaptationSheet._along
+
+    def spy(self, axes, *args, **more):
+        along(self, axes, *args, **more)
+        lines.update({line.get_label(): list(line.get_ydata()) for line in axes.lines})
+
+    monkeypatch.setattr(adaptation.AdaptationSheet, "_along", spy)
+    assert "PSNR" in texts_of(monkeypatch, tmp_path, trace)
+    assert lines["PSNR [dB], not used by the rule"] == [-3.0, -1.0, 1.0, 3.0] and len(lines["fitted rows"]) == 8
+
+
+def test_a_value_that_was_never_measured_is_no_plot(monkeypatch, tmp_path):
+    curves = [FITTED, Quantity("windowed_variance", "variance of the last 100 images")]
+    trace = FitTrace([FitStep("iteration 1", None, 1.0, values={"windowed_variance": None})], 0, "of 1", curves=curves)
+    assert "no value was recorded" in texts_of(monkeypatch, tmp_path, trace)
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,8 @@ def test_metrics_and_summary(tmp_path):
     two = write_metrics(tmp_path, rows + [{**row, "method": "TV"} for row in rows])
     assert list(two) == ["FBP", "TV"] and two["TV"]["psnr"]["mean"] == 21.5
     assert write_metrics(tmp_path, [])["num_cases"] == 0
+    write_metrics(tmp_path, [{"case": "sample", "slice": 0, "seams": 1.0, "measurement": "none"}])
+    assert (tmp_path / "metrics.csv").read_text().splitlines()[0] == "case,slice,seams,measurement"
 
 
 def test_provenance_names_versions_and_command():

@@ -25,7 +25,7 @@ from invrecon.methods.base import (
 from invrecon.methods.counting import Counter, CountingPrior, count_calls
 from invrecon.methods.dip.measurement import CaseData
 from invrecon.methods.dip.network import DIPUNet, FittedNetwork
-from invrecon.methods.dip.stopping import HeldOutStop, Monitor, StoppingRule
+from invrecon.methods.dip.stopping import HeldOutStop, Monitor, Quantity, StoppingRule
 
 if TYPE_CHECKING:
     from invrecon.operators.base import LinearOperator
@@ -62,11 +62,13 @@ class Curve:
         misfit: Squared relative misfit of the rows that the fit sees.
         value: What the stopping rule measured.
         kept: The iteration whose image is the estimate, from 1.
+        quantity: What `value` is, and in which unit it is shown; None if the rule measures nothing.
     """
 
     misfit: list[float] = field(default_factory=list)
     value: list[float] = field(default_factory=list)
     kept: int = 0
+    quantity: Quantity | None = None
 
 
 @dataclass
@@ -221,7 +223,7 @@ class NetworkFit(Method):
         network = self.network.build(given.channels, data.operator.image_shape, generator, data.y)
         groups: list[dict[str, Any]] = [{"params": list(network.parameters())}, *given.parameters()]
         optimiser = torch.optim.Adam(groups, lr=self.learning_rate)
-        curve = Curve()
+        curve = Curve(quantity=monitor.quantity)
         image = residual = None
         for iteration in range(1, self.num_iterations + 1):
             given.prepare(iteration, network)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,23 @@ if TYPE_CHECKING:
     from invrecon.operators.base import LinearOperator
 
 
+@dataclass(frozen=True)
+class Quantity:
+    """What a rule measures, for tables and figures.
+
+    Attributes:
+        name: Its key, such as `discrepancy`.
+        label: What it is, in words.
+        unit: What a value is divided by before it is shown.
+        threshold: Where the rule stops, in the same unit as the shown value; None for a rule that seeks the least.
+    """
+
+    name: str
+    label: str
+    unit: float = 1.0
+    threshold: float | None = None
+
+
 class Monitor:
     """Watches one fit, and keeps the iterate that its rule prefers: the last, unless a rule knows better.
 
@@ -24,7 +42,10 @@ class Monitor:
         image: The preferred iterate so far, `(1, C, H, W)`.
         iteration: Its number, from 1; 0 before any.
         value: What the rule measured last, NaN before it could.
+        quantity: What that is; None of a rule that measures nothing.
     """
+
+    quantity: Quantity | None = None
 
     def __init__(self) -> None:
         self.image: Tensor | None = None
@@ -128,6 +149,7 @@ class _DiscrepancyMonitor(Monitor):
     def __init__(self, factor: float, std: float, seen: Tensor) -> None:
         super().__init__()
         self.factor, self.std, self.seen = factor, std, seen
+        self.quantity = Quantity("discrepancy", "discrepancy, of fitted rows", threshold=factor)
 
     def __call__(self, iteration: int, x: Tensor, residual: Tensor) -> bool:
         self.value = float(discrepancy(residual, self.seen, self.std))
@@ -144,7 +166,8 @@ class HeldOutStop(StoppingRule):
     no longer fitted, which costs a little of the image and is the price of knowing when to stop. `c` is the share of
     Cartesian k-space that the fit sees: its centre, which holds most of the image, is never held out, so that seen
     lines stand for themselves and those held out for all the others; `v` then estimates the error of the image. Of
-    other measurements, whose lines all hold as much, the held-out ones alone count, `c = 0`.
+    other measurements, whose lines all hold as much, the held-out ones alone count, `c = 0`. Shown is `v` over that of
+    `x = 0`, a relative misfit like that of the fitted rows.
 
     Source: Yaman, Hosseini & Akcakaya, "Zero-shot self-supervised learning for MRI reconstruction", ICLR 2022, for
     single scans; the weight of seen lines is ours.
@@ -172,7 +195,11 @@ class HeldOutStop(StoppingRule):
         share = share_of_kspace(data.operator, data.seen)
         # Weights of rows, without an index of them, for which a GPU would have to be waited for.
         weights = share * data.seen / data.seen.sum() + (1 - share) * data.held_out / data.held_out.sum()
-        return _WeightedMonitor(self.patience, weights.to(data.y))
+        monitor = _WeightedMonitor(self.patience, weights.to(data.y))
+        energy = monitor.measure(data.y, data.y)  # the residual of no image is the measurement
+        label = "all of k-space, by its held-out rows" if share else "held-out rows"
+        monitor.quantity = Quantity("held_out_loss", label, unit=energy if energy > 0 else 1.0)
+        return monitor
 
 
 class _WeightedMonitor(LeastValue):
@@ -223,6 +250,7 @@ class WindowedVariance(LeastValue):
     def __init__(self, window: int, patience: int) -> None:
         super().__init__(patience)
         self.window = window
+        self.quantity = Quantity("windowed_variance", f"variance of the last {window} images")
         self._images: deque[Tensor] = deque()
         self._sum: Tensor | float = 0.0
         self._squares = 0.0
