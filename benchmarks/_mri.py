@@ -11,8 +11,7 @@ from typing import Any
 from benchmarks import _common
 from benchmarks._common import Bench, Entry, Setting
 from invrecon.data.cases import CaseBatch
-from invrecon.data.intensity import Intensity
-from invrecon.data.kspace import MAGNITUDE
+from invrecon.data.intensity import MAGNITUDE, Intensity
 from invrecon.data.kspace_files import is_kspace, open_kspace
 from invrecon.data.mri import MRIData, open_magnitudes
 from invrecon.data.reconstruction import case_id

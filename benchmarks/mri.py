@@ -43,8 +43,7 @@ from benchmarks._mri import (
     name_batches,
 )
 from benchmarks.claims._verdicts import Verdict, decide, difference
-from invrecon.data.intensity import Intensity
-from invrecon.data.kspace import MAGNITUDE
+from invrecon.data.intensity import MAGNITUDE, Intensity
 from invrecon.errors import InputError
 from invrecon.methods import CGSENSE, FBP, Method, ProximalDiffusion, TotalVariation, WaveletL1
 from invrecon.metrics.mri import magnitude

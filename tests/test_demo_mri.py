@@ -16,7 +16,7 @@ import yaml
 
 import invrecon.methods
 from invrecon import demo_mri
-from invrecon.data.kspace import MAGNITUDE
+from invrecon.data.intensity import MAGNITUDE
 from invrecon.demo_mri import CENTERS, METHODS, main
 from invrecon.methods import FBP, ProximalDiffusion, TotalVariation, WaveletL1
 from invrecon.operators import EquispacedLines

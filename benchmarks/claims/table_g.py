@@ -274,8 +274,10 @@ def judge_pool(table: Table, share: float) -> Iterator[Verdict]:
     of_all = "EM of all slices"
     yield decide(f"{of_all} beats that of each alone", difference(em, table.get("patch-em-admm")), 0)
     yield decide(f"{of_all} beats TV", difference(em, table.get("tv")), 0)
-    closes = f"{of_all} closes at least {100 * share:.0f} % of the gap to the in-distribution prior"
-    yield decide(closes, gap_share(unadapted, em, known), share, "%")
+    long = table.get("patch-em-admm-pool-16")
+    for label, own in ((of_all, em), (f"{of_all} in 16 rounds", long)):
+        claim = f"{label} closes at least {100 * share:.0f} % of the gap to the in-distribution prior"
+        yield decide(claim, gap_share(unadapted, own, known), share, "%")
     yield decide(f"{of_all} reaches the in-distribution prior", difference(em, known), 0)
     own = table.get("patch-ct-em-admm-pool")
     yield decide(f"{of_all} improves the in-distribution prior", difference(own, known), 0)

@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from invrecon.data.hdf5 import VoxelSize, brief, open_hdf5, text_of
-from invrecon.data.kspace import KSpace, Matrix, crop, read_noise_covariance, read_noise_std
+from invrecon.data.kspace import (
+    UNDERSAMPLED,
+    KSpace,
+    Matrix,
+    block_of,
+    crop,
+    is_full,
+    read_noise_covariance,
+    read_noise_std,
+)
 from invrecon.errors import InputError
 from invrecon.files import atomic_h5
 from invrecon.operators.fourier import ifft2c, pairs_to_complex
@@ -22,12 +31,15 @@ from invrecon.operators.fourier import ifft2c, pairs_to_complex
 if TYPE_CHECKING:
     from fastmri.data import SliceDataset
 
+LEAST_FILLED = 0.8  # of a block without a mask: more zeros are no rounding, but samples that someone left out
+
 
 class FastMRIFile(KSpace):
     """A file of the fastMRI data set, knee or brain, one or many coils, read by fastmri's own `SliceDataset`.
 
     The ISMRMRD header gives the encoded matrix, which must be that of the data, and the image asked for.
-    A mask is stated in files of the test and challenge sets.
+    A mask is stated in files of the test and challenge sets; without one, the format says that all was measured between
+    columns that pad k-space, on one side or both, and its targets are made of just that.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,12 +64,15 @@ class FastMRIFile(KSpace):
                     f"The mask of {path} has shape {tuple(mask_shape)}, but its k-space has {shape[3]} columns: "
                     f"expected ({shape[3]},), an entry a column."
                 )
+            if self.states_mask and file["mask"].dtype.kind not in "biuf":
+                raise InputError(
+                    f"The mask of {path} holds elements of type {file['mask'].dtype}, expected 0 and 1 as booleans, "
+                    "integers or floats: save it as such."
+                )
             header = file["ismrmrd_header"][()]
             self.noise_std = read_noise_std(path, {**file.attrs, **stored.attrs}, shape[1])
             self.noise_covariance = read_noise_covariance(path, file, shape[1])
-            largest = np.asarray(file.attrs.get("max", 0.0))
-        if largest.shape == () and largest.dtype.kind in "fiu" and np.isfinite(largest) and largest > 0:
-            self.maximum = float(largest)
+            self.maximum = stated_maximum(file)
         self._finish(shape)
         try:
             self.metadata, _ = fastmri_slices()._retrieve_metadata(path)
@@ -77,6 +92,18 @@ class FastMRIFile(KSpace):
         self.shape = (shape[0], shape[1], height, shape[3])
         self.matrix = (height, width)
         self.patient = text_of(self.metadata.get("patient_id", "")) or self.stem
+
+    def lacking(self, index: int, mask: Tensor) -> str:
+        """As of any k-space, but padded on one side it has a reference, too."""
+        return UNDERSAMPLED if self.states_mask or not is_full(mask) else ""
+
+    def _sampled(self, support: Tensor) -> Tensor:
+        block = support[place := block_of(support)]
+        if not (block.any(0).all() and block.any(1).all()) or float(block.float().mean()) < LEAST_FILLED:
+            return super()._sampled(support)
+        filled = torch.zeros_like(support)
+        filled[place] = True
+        return filled
 
     def _read(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         dataset = fastmri_slices()
@@ -143,17 +170,29 @@ def check_matrix(path: Path, encoded: tuple[int, ...], shape: tuple[int, ...]) -
         )
 
 
-def read_target(path: Path, indices: Sequence[int]) -> Tensor | None:
+def stated_maximum(file: Any) -> float | None:
+    """Returns the largest value of the target that an open file states in `max`; None if it does not, or nonsense."""
+    largest = np.asarray(file.attrs.get("max", 0.0))
+    sound = largest.shape == () and largest.dtype.kind in "fiu" and np.isfinite(largest) and largest > 0
+    return float(largest) if sound else None
+
+
+def read_target(path: Path, indices: Sequence[int], maximum: float | None) -> Tensor | None:
     """Returns the reconstruction that a file of fastMRI states, `(N, H, W)`: what fastMRI's tables judge against.
 
-    It is the root sum of squares of the coils' images, of one coil `reconstruction_esc`.
+    It is the root sum of squares of the coils' images, of one coil `reconstruction_esc`. Coils that were mixed, so that
+    their noise is alike, have another, of other units and shading: then there is nothing to judge against.
 
     Args:
         path: The file, or another, of which None is returned.
         indices: Slices.
+        maximum: The case's largest value; a case has none though the file states one, or the covariance that coils are
+            mixed by, where they were mixed.
     """
     try:
         with open_hdf5(path) as file:
+            if maximum is None and (stated_maximum(file) is not None or "noise_covariance" in file):
+                return None
             stored = file.get("reconstruction_rss", file.get("reconstruction_esc"))
             if stored is None or getattr(stored, "ndim", 0) != 3 or stored.dtype.kind != "f":
                 return None

@@ -6,6 +6,7 @@ the orthonormal transform of `invrecon.operators.fourier`. Oversampling of the r
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from invrecon.data.hdf5 import VoxelSize, brief
-from invrecon.data.intensity import Intensity
 from invrecon.data.volume import file_stem
 from invrecon.errors import InputError
 from invrecon.operators.fourier import complex_to_pairs, fft2c, ifft2c, pairs_to_complex
 from invrecon.operators.mri import CartesianMRI
 from invrecon.operators.sampling import calibration_region, central_block, radii
 
-MAGNITUDE = Intensity(offset=0.0, scale=1.0, units="a.u.")  # of complex images; each case brings a scale of its own
 Matrix = tuple[int, int]
+LEAST_FILLED = 0.98  # of what a complete scan measured: rounding makes a few samples exactly zero
+OFF_CENTRE = 2  # samples that the middle of complete k-space may be away from that of the grid, doubled
+UNDERSAMPLED = "undersampled by the scanner"
 
 
 class KSpace(ABC):
@@ -33,7 +36,7 @@ class KSpace(ABC):
         path: The file.
         shape: `(N, coils, H, W)` as read.
         matrix: Size of the image that is asked for, cut from the middle of what k-space gives; None is all of it.
-        states_mask: Whether the file says what was measured: it then was undersampled by the scanner.
+        states_mask: Whether the file says that not all was measured: it then was undersampled by the scanner.
         is_named: Whether the file says that it is k-space; another complex array may be images.
         voxel_mm: Voxel size `(z, y, x)` [mm], or None.
         noise_std: Standard deviation of real and imaginary parts that the file states, `()` or `(coils,)`, or None.
@@ -54,6 +57,7 @@ class KSpace(ABC):
     noise_covariance: Tensor | None = None
     maximum: float | None = None
     patient: str
+    _warned: bool = False  # that it looks like images
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -90,6 +94,8 @@ class KSpace(ABC):
         kept = (z != 0).any(0)
         if mask is not None:  # columns that only pad k-space are zero
             kept = torch.from_numpy(mask) & kept.any(0).expand(z.shape[1:])
+        elif kept.any():
+            kept = self._sampled(kept)
         if not kept.any() or not z.any():
             raise InputError(f"The k-space of slice {index} in {self.path} is zero throughout; leave the slice out.")
         _check_centred(z * kept, f"slice {index} in {self.path}")
@@ -98,10 +104,31 @@ class KSpace(ABC):
                 f"Slice {index} in {self.path} is smooth and has no peak as k-space has at its centre: an image? "
                 "Give its magnitude, or, if it is k-space, an HDF5 file with a dataset 'kspace'."
             )
+        if self.is_named and not self._warned and _turns_into_kspace(z * kept):
+            self._warned = True
+            warnings.warn(
+                f"Slice {index} in {self.path} looks like images of coils: its own transform has a peak as k-space "
+                "has, and it has none. Expected is k-space, the image's transform; give magnitude images as a dataset "
+                "'data'.",
+                stacklevel=2,
+            )
         # Without oversampling rows lie further apart in k-space: one in H / n is left.
         rows = (torch.arange(self.shape[2]) - self.shape[2] // 2) * z.shape[1] / self.shape[2] + z.shape[1] // 2
         z, kept = crop_readout(z * kept, self.shape[2]), kept[rows.round().long().clamp(0, z.shape[1] - 1)]
         return complex_to_pairs(z), kept.clone()
+
+    def lacking(self, index: int, mask: Tensor) -> str:
+        """Returns what a slice is that has no reference, as in 'the file is ...'; nothing if it is complete.
+
+        Args:
+            index: The slice.
+            mask: What was measured of it, as `read` returns it.
+        """
+        return UNDERSAMPLED if self.states_mask or not is_full(mask) else one_sided(mask)
+
+    def _sampled(self, support: Tensor) -> Tensor:
+        """Returns what was measured, by the samples `(H, W)` that are not zero, where the file states no mask."""
+        return fill_zeros(support)
 
     @abstractmethod
     def _read(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -151,6 +178,29 @@ def _looks_like_image(z: Tensor) -> bool:
     return float(torch.corrcoef(neighbours)[0, 1]) > 0.7
 
 
+def _turns_into_kspace(z: Tensor) -> bool:
+    """Whether the transform of `(coils, H, W)` is concentrated as k-space is, and it itself is not: it holds images.
+
+    Of k-space nearly all energy lies about its largest sample; of an image, in no such block. Noise has none in either.
+    K-space of one strength throughout, that of a point, is told apart from a uniform image by nothing, and is left.
+    """
+    magnitude = z.abs().square().sum(0).sqrt()
+    magnitude = magnitude[magnitude > 0]
+    if len(magnitude) < 2 or float(magnitude.std()) < 0.1 * float(magnitude.mean()):
+        return False
+    shares = []
+    for values in (z, fft2c(z)):
+        power = values.abs().square().sum(0)
+        H, W = power.shape
+        if min(H, W) < 16 or not power.any():
+            return False
+        row, column = divmod(int(power.argmax()), W)
+        block = power.roll((H // 2 - row, W // 2 - column), dims=(0, 1))
+        near = block[H // 2 - H // 16 : H // 2 + H // 16 + 1, W // 2 - W // 16 : W // 2 + W // 16 + 1]
+        shares.append(float(near.sum() / power.sum()))
+    return shares[1] > 0.5 and shares[0] < 0.25
+
+
 def crop_readout(z: Tensor, num: int) -> Tensor:
     """Returns complex k-space `(..., H, W)` of the image's middle `num` rows: removes oversampling of the readout."""
     H = z.shape[-2]
@@ -173,9 +223,65 @@ def crop(x: Tensor, matrix: Matrix) -> Tensor:
 
 def is_block(mask: Tensor) -> bool:
     """Whether a mask `(H, W)` is a full rectangle: k-space was fully sampled, up to zero-padding."""
+    return bool(mask[block_of(mask)].all())
+
+
+def block_of(mask: Tensor) -> tuple[slice, slice]:
+    """Returns rows and columns of the smallest rectangle that holds all of a mask `(H, W)`, which has samples."""
     kept = mask.nonzero()
     (top, left), (bottom, right) = kept.amin(0).tolist(), kept.amax(0).tolist()
-    return bool(mask[top : bottom + 1, left : right + 1].all())
+    return slice(top, bottom + 1), slice(left, right + 1)
+
+
+def is_full(mask: Tensor, least: float = LEAST_FILLED) -> bool:
+    """Whether a mask `(H, W)` is a rectangle, an ellipse or a shape between them, without gaps but for a few samples.
+
+    Args:
+        mask: With at least one sample.
+        least: Share of the shape, and of the ellipse inscribed in its rectangle, that has to be there.
+    """
+    block = mask[block_of(mask)]
+    if not (block.any(0).all() and block.any(1).all()):  # a line was left out, and may be one of hundreds
+        return False
+    rows, columns = ((torch.arange(n) - (n - 1) / 2) / max((n - 1) / 2, 0.5) for n in block.shape)
+    ellipse = rows[:, None] ** 2 + columns**2 <= 1 + 1e-6
+    shape = _without_gaps(block)
+    return float(block[ellipse].float().mean()) >= least and int(block.sum()) >= least * int(shape.sum())
+
+
+def fill_zeros(support: Tensor) -> Tensor:
+    """Returns what was measured, by the samples `(H, W)` that are not zero: of full k-space single zeros were, too."""
+    if not is_full(support):
+        return support
+    place, filled = block_of(support), support.clone()
+    block = support[place]
+    filled[place] = _without_gaps(block)
+    if float(block.float().mean()) >= LEAST_FILLED:  # a rectangle, whose border may have zeros as well
+        share = avg_pool2d(block[None].float(), 3, stride=1, padding=1, count_include_pad=False)[0]
+        filled[place] |= share > 0.6  # most of the neighbours are there
+    return filled
+
+
+def _without_gaps(mask: Tensor) -> Tensor:
+    """Returns a mask with what lies between two of its samples both in its row and in its column."""
+    whole = torch.ones_like(mask)
+    for dim in (0, 1):
+        before = mask.int().cummax(dim).values
+        after = mask.flip(dim).int().cummax(dim).values.flip(dim)
+        whole &= (before & after) > 0
+    return whole
+
+
+def one_sided(mask: Tensor) -> str:
+    """Says that a mask `(H, W)` is partial Fourier, which rows or columns it has; nothing if it is centred.
+
+    What is missing at both ends alike only pads k-space, and leaves the image's phase as it is.
+    """
+    for name, kept in (("rows", mask.any(1)), ("columns", mask.any(0))):
+        first, last = (int(kept.nonzero()[end]) for end in (0, -1))
+        if abs(first + last - (len(kept) - 1)) > OFF_CENTRE:
+            return f"partial Fourier, with {name} {first} to {last} of 0 to {len(kept) - 1}"
+    return ""
 
 
 def calibration_scale(kspace: Tensor, mask: Tensor, max_acs: int = 24) -> float:

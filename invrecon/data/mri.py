@@ -13,13 +13,13 @@ from torch import Tensor
 from invrecon.data.augmentation import Augmentation
 from invrecon.data.cases import Case
 from invrecon.data.hdf5 import HDF5_SUFFIXES, open_hdf5, text_of
+from invrecon.data.intensity import MAGNITUDE
 from invrecon.data.kspace import (
-    MAGNITUDE,
+    UNDERSAMPLED,
     KSpace,
     calibration_scale,
     estimate_noise,
     image_kspace,
-    is_block,
     measured_scale,
 )
 from invrecon.data.kspace_files import ARRAY_SUFFIXES, RAW_SUFFIX, is_kspace, open_kspace
@@ -38,7 +38,7 @@ from invrecon.operators.coils import (
     with_phase,
 )
 from invrecon.operators.mri import CartesianMRI
-from invrecon.operators.sampling import Sampling
+from invrecon.operators.sampling import Sampling, achieved_acceleration
 from invrecon.rng import make_generator
 
 LEAST_SIGNAL = 0.1  # of a training slice's scale, relative to the largest of its volume: the others are air
@@ -48,10 +48,10 @@ class MRIData(ReconstructionData):
     """Slices of k-space, or of magnitude volumes whose k-space will be simulated, with their maps, masks and scales.
 
     K-space that was fully sampled is undersampled by `sampling`, each case by a mask of its own, and its reference is
-    the combination of coils of all that was measured, `sum_c conj(s_c) F^H y_c`; where the scanner undersampled, its
-    mask holds and there is no reference. Maps are estimated from the calibration region (ACS) that is left. A magnitude
-    volume gets a smooth random phase and simulated coils, whose maps the reconstruction is told. Every draw is a
-    function of (seed, case).
+    the combination of coils of all that was measured, `sum_c conj(s_c) F^H y_c`; where the scanner undersampled, or
+    left out one side of k-space, its mask holds and there is no reference. Maps are estimated from the calibration
+    region (ACS) that is left. A magnitude volume gets a smooth random phase and simulated coils, whose maps the
+    reconstruction is told. Every draw is a function of (seed, case).
 
     Images are divided by the 99th percentile of what the centre of k-space shows, found by least squares from what was
     measured, each case by its own (`measured_scale`): nothing that the scanner does not tell is used. Of magnitude
@@ -99,10 +99,20 @@ class MRIData(ReconstructionData):
         self.sampling, self.maps, self.num_coils, self.seed = sampling, maps or ESPIRiT(kernel_size=4), num_coils, seed
         self.intensity = MAGNITUDE
         self._first: Case | None = None  # the first of the first file, which is often the only one
+        self._unjudged = ""  # the first file that has no reference, and why
 
     def setup(self, stage: str | None = None) -> None:
-        """As of every reconstruction; `predict` is told that only a part of complete k-space is used."""
+        """As of every reconstruction; `predict` is told that only a part of complete k-space is used.
+
+        Raises:
+            InputError: Also if a slice of k-space has no reference to be tested against.
+        """
         super().setup(stage)
+        if stage == "test" and self._unjudged:
+            raise InputError(
+                f"{self._unjudged}: a measurement without a reference, so there is nothing to test against; use "
+                "`invrecon predict`, or leave it out by data.paths or data.slices."
+            )
         first = self._first
         if stage == "predict" and self.sampling is not None and first is not None and first.measurement is not None:
             assert first.mask is not None
@@ -115,10 +125,29 @@ class MRIData(ReconstructionData):
 
     def _check(self, file: Any, indices: list[int]) -> None:
         """Reads the selected slices and makes the first case, whose maps and mask may fail, too."""
+        lacking = []
         for index in indices:
-            file.read(index)
+            values = file.read(index)
+            if isinstance(file, KSpace) and (what := file.lacking(index, values[1])):
+                lacking.append((what, values[1]))
+        if lacking:
+            what, mask = lacking[0]
+            self._unjudged = self._unjudged or f"{file.path} is {what}"
+            self._tell(file.path, what, f"{len(lacking)} of {len(indices)} slices", mask)
         first = self._make(file, indices[0])
         self._first = self._first or first
+
+    def _tell(self, path: Path, what: str, slices: str, mask: Tensor) -> None:
+        """Warns that the scanner's own mask holds, if something else may be expected."""
+        known = f"{path} is {what} ({slices}, acceleration {float(achieved_acceleration(mask)):.2f}), so "
+        if self.sampling is not None:
+            warnings.warn(
+                f"{known}it has no reference and data.sampling is not applied to it: set `--data.sampling null`, or "
+                "give complete k-space.",
+                stacklevel=2,
+            )
+        elif what != UNDERSAMPLED:
+            warnings.warn(f"{known}it can be reconstructed, but has no reference to be judged by.", stacklevel=2)
 
     def load(self, file: Any, index: int) -> Case:
         """Reads one case, and estimates its maps or simulates what it lacks."""
@@ -144,7 +173,7 @@ class MRIData(ReconstructionData):
                 raise InputError(f"{str(error).rstrip('.')}; or set data.prewhiten to false.") from None
             std = covariance.diagonal()[0].median().sqrt()  # of a typical coil: images keep the file's units, all alike
             full = std * white
-        complete, measured = not file.states_mask and is_block(mask), mask
+        complete, measured = not file.lacking(index, mask), mask
         if complete:
             mask = mask & self._draw_mask(mask, name)
         y = full * mask[..., None]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import _common, _dip, _mri, dip, mri
-from invrecon.data.kspace import MAGNITUDE
+from invrecon.data.intensity import MAGNITUDE
 from invrecon.data.phantoms import ellipse_phantom
 from invrecon.methods import ProximalDiffusion, TotalVariation
 from invrecon.methods.dip import DIP, DIPUNet, HeldOutStop, Purification, UDiGDIP

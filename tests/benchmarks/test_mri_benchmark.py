@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from benchmarks import _mri, mri
-from invrecon.data.kspace import MAGNITUDE, image_kspace
+from invrecon.data.intensity import MAGNITUDE
+from invrecon.data.kspace import image_kspace
 from invrecon.data.mri import random_phase
 from invrecon.data.phantoms import ellipse_phantom
 from invrecon.methods import ProximalDiffusion

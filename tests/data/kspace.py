@@ -22,10 +22,12 @@ def write_ismrmrd(
     header: bytes | None = None,
     noise: Tensor | None = None,
     dwell_us: tuple[float, float] = (5.0, 5.0),
+    discard: tuple[int, int] = (0, 0),
 ) -> Path:
     """One readout a column and slice, after a noise scan `(coils, samples, 2)` that is no part of k-space.
 
-    Dwell times are those of the noise scan and of the readouts.
+    Dwell times are those of the noise scan and of the readouts. Of each readout the first and last samples are marked
+    as not to be used, as many as `discard` says; the header then has to state fewer rows, or the same.
     """
     counters = np.dtype(
         [
@@ -38,6 +40,7 @@ def write_ismrmrd(
         [
             ("flags", "<u8"),
             *((name, "<u2") for name in ("number_of_samples", "active_channels", "center_sample")),
+            *((name, "<u2") for name in ("discard_pre", "discard_post")),
             ("trajectory_dimensions", "<u2"),
             ("sample_time_us", "<f4"),
             ("idx", counters),
@@ -52,6 +55,7 @@ def write_ismrmrd(
     for n, (s, c) in enumerate(lines, start=1):
         data[n]["head"]["number_of_samples"], data[n]["head"]["active_channels"] = rows, coils
         data[n]["head"]["center_sample"] = rows // 2
+        data[n]["head"]["discard_pre"], data[n]["head"]["discard_post"] = discard
         data[n]["head"]["idx"]["slice"], data[n]["head"]["idx"]["kspace_encode_step_1"] = s, c
         data[n]["data"] = kspace[s, :, :, c].reshape(-1).numpy()
     data[0]["data"] = np.ones(2, np.float32)

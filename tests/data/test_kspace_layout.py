@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from invrecon.data.fastmri_files import fastmri_header
+from invrecon.data.fastmri_files import fastmri_header, write_fastmri
 from invrecon.data.kspace import KSpace, calibration_scale, image_kspace, measured_scale
 from invrecon.data.kspace_files import open_kspace
 from invrecon.data.mri import random_phase
@@ -64,6 +65,27 @@ def test_images_are_no_kspace(tmp_path: Path, kspace: Tensor) -> None:
         file["data"] = images[None].numpy()
     for name in ("images.npy", "images.h5"):
         refuse(tmp_path / name, "no peak as k-space has at its centre: an image")
+
+
+@pytest.mark.parametrize("name", ["plain", "fastmri"])
+@pytest.mark.parametrize("coils", [1, COILS])
+def test_images_that_are_called_kspace_are_told(name: str, coils: int, tmp_path: Path, kspace: Tensor) -> None:
+    noise = 0.01 * pairs_to_complex(torch.randn(*kspace.shape, 2, generator=make_generator(0, "noise")))
+    images, own = ((z[:coils] + noise[:coils]).to(torch.complex64)[None] for z in (ifft2c(kspace), kspace))
+    lines = EquispacedLines(2, 0.2)((SIZE, SIZE), make_generator(0, "mask"))
+    contents = {"images": images, "kspace": own, "noise": noise[None, :coils], "lines": own * lines}
+    for label, values in contents.items():
+        path = tmp_path / f"{label}.h5"
+        if name == "fastmri":
+            write_fastmri(path, complex_to_pairs(values))
+        else:
+            with h5py.File(path, "w") as file:
+                file["kspace"] = values.numpy()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            file = open_kspace(path)
+            file.read(0), file.read(0)
+        assert [str(path) in str(w.message) for w in told] == ([True] if label == "images" else []), label
 
 
 @pytest.mark.parametrize("what", ["mask", "group", "one coil"])

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from invrecon.data.cases import Case, collate_cases
 from invrecon.data.fastmri_files import write_fastmri
-from invrecon.data.kspace import MAGNITUDE, calibration_scale, image_kspace, measured_scale
+from invrecon.data.intensity import MAGNITUDE
+from invrecon.data.kspace import calibration_scale, image_kspace, measured_scale
 from invrecon.data.mri import MRIData, MRITraining, find_mri, fit, magnitude_of, open_magnitudes, random_phase
 from invrecon.data.phantoms import ellipse_phantom
 from invrecon.errors import InputError
@@ -113,7 +114,8 @@ def test_the_scale_is_not_told_by_what_was_not_measured(folder: Path, tmp_path: 
 
 def test_a_scanner_s_own_mask_holds_and_leaves_no_reference(folder: Path) -> None:
     data = MRIData(str(folder / "scanned.h5"), sampling=RandomLines(4, 0.1), maps=LowResolutionMaps())
-    batch = cases(data)[0]
+    with pytest.warns(UserWarning, match=r"scanned\.h5 is undersampled .*acceleration 2\.0.*sampling is not applied"):
+        batch = cases(data)[0]
     with h5py.File(folder / "scanned.h5") as file:
         assert torch.equal(batch.mask[0], torch.from_numpy(file["mask"][()]).expand(SIZE, SIZE))
     assert batch.reference is None and batch.geometry["matrix"] == (SIZE, SIZE - 8)
