@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from invrecon.data.kspace import MAGNITUDE
+from invrecon.data.intensity import MAGNITUDE
 from invrecon.data.mri import fit, magnitude_of
 from invrecon.data.volumes import open_volume
 from invrecon.files import atomic_h5
