@@ -68,7 +68,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ignore = shutil.ignore_patterns("_share")  # what is compiled is copied, too: it is known by time and size
     for name in ("invrecon", "tests", "benchmarks", "configs"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignore)
-    for name in ("data", "checkpoints", "pyproject.toml"):
+    for name in ("data", "checkpoints", "pyproject.toml", "README.md"):
         (folder / name).symlink_to(ROOT / name)
     for name, text in FILES.items():
         assert not (folder / name).exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -162,8 +163,9 @@ class ReconstructionData(lightning.LightningDataModule):
             left = [index for index in indices if case_id(file.path, index) not in skip]
             undone = set(left)
             dealt = indices if self.whole_batches else left
-            num = -(-len(dealt) // self.batch_size)  # of equal size, but for one: none is left alone at the end
-            groups = [dealt[j * len(dealt) // num : (j + 1) * len(dealt) // num] for j in range(num)]
+            num = max(1, -(-len(dealt) // self.batch_size))  # of equal size, but for one: none is left alone
+            ends = [-(-j * len(dealt) // num) for j in range(num + 1)]
+            groups = [dealt[start:end] for start, end in pairwise(ends)]
             batches += [(file, group) for group in groups if not undone.isdisjoint(group)]
         return DataLoader(_Batches(batches[rank::num_ranks], self.load), batch_size=None, num_workers=self.num_workers)
 

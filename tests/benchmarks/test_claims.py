@@ -191,7 +191,7 @@ def test_an_adaptation_and_its_test_are_part_of_a_fingerprint(tmp_path: Path) ->
         id=["a/0000"], index=[0], patient=["a"], source=[str(tmp_path / "data.h5")], voxel_mm=[None], reference=None
     )
     bench = _common.Bench(_common.Record(None, "x", {}), SIZE)
-    setting, method = _common._common.SETTINGS["20-clean"], ProximalDiffusion()
+    setting, method = _common.SETTINGS["20-clean"], ProximalDiffusion()
     variants = [(None, None), (SCD(), None), (SCD(rank=2), None), (DDIP(), None), (SCD(), SuitabilityTest())]
     identities = [
         bench.locate(setting, _common.Entry("row", method, prior, *variant), batch)[1] for variant in variants
