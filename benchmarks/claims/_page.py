@@ -57,11 +57,10 @@ def _page(path: Path, folder: Path, titles: Mapping[str, str], found: Mapping[st
     yield INTRODUCTION
     rows = {letter: list(list_verdicts(content)) for letter, content in found.items()}
     link = {letter: Path(os.path.relpath(folder / f"{letter}.md", path.parent)).as_posix() for letter in found}
-    counts = []
+    counts, fewer = [], f": published with up to 1000 evaluations, put to {EVALUATIONS}"
     for letter, own in rows.items():
-        cut = [row for row in own if FEWER in row[0]]
-        fewer = f": published with up to 1000 evaluations, put to {EVALUATIONS}"
-        for label, part in (("", [row for row in own if row not in cut]), (fewer, cut)):
+        whole, cut = ([row for row in own if (FEWER in row[0]) == is_cut] for is_cut in (False, True))
+        for label, part in (("", whole), (fewer, cut)):
             if part:
                 numbers = (sum(row[2] == word for row in part) for word in OUTCOMES)
                 counts.append((f"[({letter}) {titles[letter]}]({link[letter]}){label}", *numbers))

@@ -9,7 +9,7 @@ report is written after each setting, of all rows that the record holds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -213,12 +213,14 @@ def judge_claims(table: Table, recipes: Mapping[str, Recipe], setting: Setting) 
     yield from judge_pool(table, CLOSED[setting.num_views])
 
 
+def differences_of(table: Table) -> Callable[[str, str], dict[str, Any] | None]:
+    """Returns what subtracts a row of a table from another, by their keys."""
+    return lambda a, b: difference(table.get(a), table.get(b))
+
+
 def judge_published(table: Table, recipes: Mapping[str, Recipe]) -> Iterator[Verdict]:
     """Yields verdicts on the published recipes."""
-
-    def minus(a: str, b: str) -> dict[str, Any] | None:
-        return difference(table.get(a), table.get(b))
-
+    minus = differences_of(table)
     for kind in ("patch", "whole"):
         several = f"Self-supervision improves the {kind} prior of ellipses by several dB"
         own = f"{kind}-ss-own"
@@ -241,10 +243,7 @@ def judge_published(table: Table, recipes: Mapping[str, Recipe]) -> Iterator[Ver
 
 def judge_em(table: Table, recipes: Mapping[str, Recipe], share: float) -> Iterator[Verdict]:
     """Yields verdicts on EM of each slice alone, which is to close a share of the gap."""
-
-    def minus(a: str, b: str) -> dict[str, Any] | None:
-        return difference(table.get(a), table.get(b))
-
+    minus = differences_of(table)
     for tail in ("-admm", ""):
         under = "" if tail else ", ProximalDiffusion"
         em, whole, own = f"patch-em{tail}", f"whole-em{tail}", f"patch-ct-em{tail}"
