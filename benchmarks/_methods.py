@@ -109,6 +109,17 @@ def shorten(kind: type[Method], num_evaluations: int) -> Method:
     return shorter
 
 
+def changed_arguments(method: Method) -> dict[str, Any]:
+    """Returns the arguments by which a method of `shorten` or `warm` is made again: numbers and first level, if changed.
+
+    Only where the rest of it is as its class makes it.
+    """
+    parameters = inspect.signature(type(method)).parameters
+    levels = getattr(method, "schedule", method)
+    found = {name: getattr(levels, name, None) for name in (*COUNTS, "sigma_max") if name in parameters}
+    return {name: value for name, value in found.items() if value not in (None, parameters[name].default)}
+
+
 def _reach_floor(method: Method) -> None:
     """Lets levels that fall by a fixed ratio down to a floor (`FloorSchedule`) fall faster where they are too few."""
     schedule = getattr(method, "schedule", None)

@@ -11,7 +11,9 @@ from benchmarks._common import Setting
 from benchmarks.claims._figures import dots_figure
 from benchmarks.claims._problems import PROBLEMS
 from benchmarks.claims._run import Run, Table
+from benchmarks.claims._tuned import tune
 from benchmarks.claims._verdicts import Entry, Verdict, cell, difference, reproduce
+from invrecon.methods import Method
 from invrecon.metrics.summary import describe, summarise
 
 RULES = """\
@@ -74,10 +76,22 @@ class Comparison(Run):
     Attributes:
         reference: Key of the row that the others are compared with.
         figure: Caption of the figure of differences.
+        tuned: Rows that have tuned settings, and by which name `benchmarks.tune` keeps them.
     """
 
     reference: ClassVar[str]
     figure: ClassVar[str]
+    tuned: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def start_of(cls, method: Method, setting: Setting) -> Method:
+        """Returns a method as it is in a setting before it is tuned."""
+        return method
+
+    def method(self, key: str, setting: Setting) -> Method:
+        """Returns the recipe's method, tuned for the setting where its row is."""
+        method = self.start_of(self.recipes[key].method, setting)
+        return tune(method, setting.name, self.tuned[key]) if key in self.tuned else method
 
     def claims(self, setting: Setting) -> Iterator[Claim]:
         """Yields what is claimed of a setting."""

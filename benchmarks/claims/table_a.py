@@ -6,13 +6,15 @@ The methods are those that the package exports: a new one is in the table as soo
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import ClassVar
 
 from benchmarks._common import Setting
 from benchmarks._methods import find_methods, shorten, starts_from_noise, warm
 from benchmarks.claims._compare import Claim, Comparison, decibels, lead, minus
 from benchmarks.claims._recipes import CHEAP, SLOW, Recipe
+from benchmarks.claims._tuned import SLICES, TRIALS
 from invrecon.methods import AnnealedPnPADMM, Method, PaDISNormalised, ProximalDiffusion
 
 EVALUATIONS = 50
@@ -23,6 +25,9 @@ DEFAULT, PADIS, WHOLE, TV, BASELINE = "AnnealedPnPADMM", "PaDIS", "PaDIS-whole",
 FULL = "PaDIS-full"  # as published
 WITHOUT_LEVELS = ("FBP", "TotalVariation", "PnPADMM", "RED")  # rows that have no ladder of levels to shorten
 DRUNET = "drunet_ct"
+# Classical rows and the fast samplers; the two solvers of total variation have one minimum, and so one weight.
+PLAIN = ("TotalVariation", "WaveletL1", "SIRT", "CGSENSE")
+TUNED = (*PLAIN, "PnPADMM", "PnPADMM-drunet", "RED", "RED-drunet", DEFAULT, "ProximalDiffusion")
 
 # PSNR [dB] of the talk on PaDIS: 20 views, 8 views, deblurring, super-resolution.
 PROBLEM_NAMES = ("20-clean", "8-clean", "deblur", "sr")
@@ -49,6 +54,7 @@ class MethodsTable(Comparison):
     problems = PROBLEM_NAMES
     reference = TV
     figure = "Every row against total variation"
+    tuned: ClassVar[Mapping[str, str]] = {**{name: name for name in TUNED}, "ADMMTV": TV}
 
     @classmethod
     def list_recipes(cls) -> dict[str, Recipe]:
@@ -77,9 +83,9 @@ class MethodsTable(Comparison):
             rows[f"{name}-drunet"] = replace(rows[name], title=f"{name}, {DRUNET}", prior=DRUNET)
         return rows
 
-    def method(self, key: str, setting: Setting) -> Method:
-        """Returns the recipe's method, from a higher level where there are few views."""
-        method = self.recipes[key].method
+    @classmethod
+    def start_of(cls, method: Method, setting: Setting) -> Method:
+        """Returns the method, from a higher level where there are few views."""
         schedule = getattr(method, "schedule", None)
         if setting.name != "8-clean" or schedule is None or schedule.sigma_max != START:
             return method
@@ -129,7 +135,9 @@ class MethodsTable(Comparison):
             "the method's source begins, mostly from noise, for which so few evaluations are too few (methods with a "
             "gradient through the network have warm starts alone). Priors are the shipped ones, `patch_ct` and "
             "`whole_ct`, trained on as many pixels, and for plug-and-play also `drunet_ct`, a denoiser of low levels. "
-            "Knobs are those of the package, chosen for CT where they were "
-            "chosen at all: nothing was tuned for the other problems. Methods that need singular values are "
-            "absent from CT."
+            f"The classical rows, plug-and-play and the two fast samplers ({', '.join(TUNED)}) are tuned for every "
+            f"problem, each by {TRIALS} trials of `invrecon tune` on {len(SLICES)} slices of a validation patient "
+            "(`python -m benchmarks.tune`; what was found is in `tuned/`), with `patch_ct` or the denoiser named. "
+            "Knobs of all others are those of the package, chosen for CT where they were chosen at all. Methods that "
+            "need singular values are absent from CT."
         )

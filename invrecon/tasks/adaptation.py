@@ -26,7 +26,7 @@ class TestTimeAdaptation(Reconstruction):
         method: The sampler that turns `y` into `x` by means of the adapted prior.
         adaptation: What adapts, and how.
         noise: Noise of simulated measurements; none by default.
-        prior: A prior file, or the bare name of a shipped one; required.
+        prior: A prior file, or the bare name of a shipped one, or a list of them as of `Reconstruction`; required.
         precision: Of the prior's network: `32`, `bf16`, `16`, or `auto` for bfloat16 where the hardware has it and
             float32 elsewhere. State and operators are float32 always.
         seed: Of noise, sampling and adaptation.
@@ -50,7 +50,7 @@ class TestTimeAdaptation(Reconstruction):
         method: Sampler,
         adaptation: Adaptation,
         noise: NoiseModel | None = None,
-        prior: str | None = None,
+        prior: str | list[str] | None = None,
         precision: str = "auto",
         seed: int = 0,
         num_figures: int = 4,

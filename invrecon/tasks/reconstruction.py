@@ -39,9 +39,9 @@ from invrecon.priors.patch import PatchPrior
 from invrecon.priors.thirdparty.options import as_option
 from invrecon.priors.weights import PriorCard, file_hash, load_prior
 from invrecon.rng import Generators, make_generators
-from invrecon.shared import find_shared
 from invrecon.tasks.fits import TruthWatch, fit_traces
 from invrecon.tasks.generation import seam_columns
+from invrecon.tasks.priors import choose_prior, warn_of_levels
 
 
 @dataclass
@@ -66,12 +66,6 @@ class Result:
     traces: list[Trace] | None = None
 
 
-def highest_level(method: Method) -> float:
-    """Returns the highest noise level of a method's schedule, 0 without one."""
-    schedule = getattr(method, "schedule", None)
-    return 0.0 if schedule is None else max(schedule.sigmas)
-
-
 class Reconstruction(lightning.LightningModule):
     """Reconstructs cases by any method, with any prior and operator.
 
@@ -83,7 +77,8 @@ class Reconstruction(lightning.LightningModule):
         operator: The physics; for measurement files, whose geometry is their own, the size of its images.
         method: Turns `y` into `x`.
         noise: Noise of simulated measurements; none by default.
-        prior: A prior file, or the bare name of a shipped one; None for methods without a prior.
+        prior: A prior file, or the bare name of a shipped one; or a list of them, of which the first is taken that was
+            trained up to the method's highest noise level. None for methods without a prior.
         precision: Of the prior's network: `32`, `bf16`, `16`, or `auto` for bfloat16 where the hardware has it and
             float32 elsewhere. State and operators are float32 always.
         seed: Of noise and sampling.
@@ -104,7 +99,7 @@ class Reconstruction(lightning.LightningModule):
         operator: LinearOperator,
         method: Method,
         noise: NoiseModel | None = None,
-        prior: str | None = None,
+        prior: str | list[str] | None = None,
         precision: str = "auto",
         seed: int = 0,
         num_figures: int = 4,
@@ -119,6 +114,7 @@ class Reconstruction(lightning.LightningModule):
         self.prior: Prior | None = None
         self.card: PriorCard | None = None
         self.weights_sha256: str | None = None
+        self.prior_name = "none"
         self._fine: dict[int, LinearOperator] = {}
         if method.needs_prior and prior is None:
             raise InputError(
@@ -128,13 +124,12 @@ class Reconstruction(lightning.LightningModule):
         self.layout, self.mirror = layout, mirror
         if layout is not None and prior is None:
             raise InputError(f"model.layout is {type(layout).__name__}, but no model.prior is set: give a patch prior.")
-        if prior is not None:
-            path = find_shared(prior, "checkpoints", ".safetensors")
+        if (path := choose_prior(prior, method)) is not None:
             self.prior, self.card = load_prior(path)
             self.prior = self.prior if layout is None else lay_out(self.prior, layout)
             self.prior.denoiser.precision = precision  # type: ignore[union-attr]
             self.prior = MirroredPrior(self.prior) if mirror else self.prior
-            self.weights_sha256 = file_hash(path)
+            self.weights_sha256, self.prior_name = file_hash(path), path.stem
 
     def setup(self, stage: str) -> None:
         """Checks that prior, data, noise and operator speak of the same images.
@@ -178,14 +173,7 @@ class Reconstruction(lightning.LightningModule):
                 "The prior's two channels are parts of complex numbers, and the operator's images are real: set "
                 "model.operator.complex_images to true and model.method.clip to null."
             )
-        first, trained = highest_level(self.method), card.sigma_range[1]
-        if first > 1.01 * trained:
-            warnings.warn(
-                f"{type(self.method).__name__} begins at a noise level of {first:g}, and its prior was trained up "
-                f"to {trained:g}: above, its denoiser guesses. Take a prior of all levels (--model.prior patch_ct, "
-                "whole_ct or patch_mri), or lower the first level (--model.method.sigma_max).",
-                stacklevel=3,
-            )
+        warn_of_levels(card, self.method)
 
     def _generates(self) -> bool:
         return isinstance(self.method, UnconditionalSampler)
@@ -363,12 +351,12 @@ class Reconstruction(lightning.LightningModule):
 
     def describe(self) -> dict[str, str]:
         """Returns the facts of the run for its report, in words."""
-        prior = "none"
+        prior = self.prior_name
         if self.card is not None:
             sizes = f" of {self.card.patch_sizes[0]} pixels" if self.card.patch_sizes else ""
             layout = "" if self.layout is None else f" laid out by {type(self.layout).__name__}"
             layout += ", mirrored at random" if self.mirror else ""
-            prior = f"{self.card.kind}{sizes}{layout}, trained on {', '.join(self.card.data)} ({self.card.licence})"
+            prior += f": {self.card.kind}{sizes}{layout}, trained on {', '.join(self.card.data)} ({self.card.licence})"
         return {
             "method": type(self.method).__name__,
             "prior": prior,

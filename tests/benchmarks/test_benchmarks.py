@@ -22,7 +22,6 @@ from benchmarks import (
     padis,
     reconstruction,
     training,
-    tune,
 )
 from benchmarks.claims._verdicts import ratio
 from invrecon.errors import InputError
@@ -190,35 +189,6 @@ def test_memory_notices_growth(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(SystemExit):
         memory.main([*COMMON, "--methods", "FBP", "--counts", "2", "4", "--json", str(tmp_path / "m.json")])
     assert read(tmp_path / "m.json")["passed"] is False
-
-
-def test_tune(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        tune, "TotalVariation", lambda **knobs: reconstruction.TotalVariation(num_iterations=25, **knobs)
-    )
-    out = tmp_path / "u.json"
-    args = ["--slices", "2", "--levels", 2, "--weights", 1e-5, 1e-3, "--noise-weights", 0.2, "--trials", 3]
-    tune.main(quality(folder, out, *args))
-    result = read(out)
-    assert [trial["knobs"]["weight"] for trial in result["TV"]] != [] and len(result["sampler"]) == 3
-    assert all(set(trial["psnr"]) == {*tune.CLEAN, *tune.NOISY} for trial in result["sampler"])
-    assert result["TV"] == sorted(result["TV"], key=lambda trial: -trial["mean"])
-
-
-def test_tuning_never_sees_the_held_out_patient(folder: Path) -> None:
-    with pytest.raises(InputError, match="test data"):
-        tune.main(["--volume", _common.HELD_OUT, "--prior", str(folder / "patch.safetensors")])
-
-
-def test_trials_continue_shorter_ones() -> None:
-    short, long = tune.sampler_trials(5, seed=0), tune.sampler_trials(40, seed=0)
-    assert long[:5] == short and len({json.dumps(knobs) for knobs in long}) == 40
-
-
-def test_the_first_trial_is_the_sampler_as_it_comes() -> None:
-    default = reconstruction.ProximalDiffusion()
-    first = tune.make_sampler(tune.sampler_trials(1, seed=0)[0], default.schedule.num_levels)
-    assert _common.plain(first) == _common.plain(default)
 
 
 def test_missing_data_and_prior_are_one_sentence(

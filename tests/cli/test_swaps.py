@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 import invrecon.methods
+from invrecon.discovery import needs_arguments
 from invrecon.errors import InputError
+from invrecon.methods import Method
 from invrecon.priors.weights import read_card, save_prior
+from invrecon.shared import find_shared
+from invrecon.tasks.priors import choose_prior, covers
 from tests.cli.tiny import files_in, reconstruct
 
 
@@ -60,6 +65,30 @@ def test_levels_that_the_prior_never_saw_are_named(
     assert not complaints()  # the default begins at 0.1
     (said,) = complaints("--model.method=DDS")
     assert "DDS begins at a noise level of 10" in said and "0.5" in said and "--model.prior" in said
+
+    both = f"--model.prior=[{low},{library}/patch.safetensors]"
+    assert run(both).model.prior_name == "low", "the first that covers the method's levels"
+    assert not complaints(both, "--model.method=DDS")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert run(both, "--model.method=DDS").model.prior_name == "patch" and summary["psnr"]["num_cases"] == 1
+    (said,) = complaints(f"--model.prior=[{low},{low}]", "--model.method=DDS")  # none does: the last one, with a warning
+    with pytest.raises(InputError, match="an empty list"):
+        run("--model.prior=[]")
+    with pytest.raises(InputError, match=r"no weights file 'nowhere'"):
+        run(f"--model.prior=[{low},nowhere]")
+
+
+def test_every_shipped_method_of_recon_ct_has_a_prior_of_its_levels() -> None:
+    """As the README has it: `--model.method=NAME` is all it takes."""
+    names = yaml.safe_load(find_shared("recon_ct", "configs", ".yaml").read_text())["model"]["init_args"]["prior"]
+    for name in invrecon.methods.__all__:
+        kind = getattr(invrecon.methods, name)
+        if not (inspect.isclass(kind) and issubclass(kind, Method)) or inspect.isabstract(kind) or needs_arguments(kind):
+            continue
+        if (method := kind()).needs_prior:
+            path = choose_prior(names, method)
+            assert path is not None and covers(read_card(path), method), name
+            assert name != "AnnealedPnPADMM" or path.stem == "patch_ct_fine", "the default has the better one"
 
 
 def test_what_was_set_for_another_method_is_named(
