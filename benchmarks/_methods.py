@@ -110,7 +110,7 @@ def shorten(kind: type[Method], num_evaluations: int) -> Method:
 
 
 def changed_arguments(method: Method) -> dict[str, Any]:
-    """Returns the arguments by which a method of `shorten` or `warm` is made again: numbers and first level, if changed.
+    """Returns the arguments by which a shortened or warm method is made again: its number and first level, if changed.
 
     Only where the rest of it is as its class makes it.
     """

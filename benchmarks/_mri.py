@@ -15,6 +15,7 @@ from invrecon.data.intensity import MAGNITUDE, Intensity
 from invrecon.data.kspace_files import is_kspace, open_kspace
 from invrecon.data.mri import MRIData, open_magnitudes
 from invrecon.data.reconstruction import case_id
+from invrecon.methods import Sampler
 from invrecon.metrics.mri import magnitude, volume_metrics
 from invrecon.operators import (
     CartesianMRI,
@@ -25,6 +26,7 @@ from invrecon.operators import (
     Sampling,
     SNRNoise,
 )
+from invrecon.tasks.adaptation import TestTimeAdaptation
 from invrecon.tasks.reconstruction import Reconstruction, Result
 
 HELD_OUT, VALIDATION = "mri/heldout/pyrad-brain2.h5", "mri/train/pyrad-brain1.h5"
@@ -78,18 +80,14 @@ def count_slices(path: Path) -> int:
     return len(open_kspace(path) if is_kspace(path) else open_magnitudes(path))
 
 
-class VolumeReconstruction(Reconstruction):
+class VolumeMetrics(Reconstruction):
     """A reconstruction whose rows hold, besides, what metrics of volumes are made of (`volume_summary`).
 
-    Args:
-        maximum: The volume's data range, in the file's units.
-        *task: As of `Reconstruction`.
-        **way: As of `Reconstruction`.
+    Attributes:
+        maximum: The volume's data range, in the file's units; the largest value of each slice if None.
     """
 
-    def __init__(self, maximum: float | None, *task: Any, **way: Any) -> None:
-        super().__init__(*task, **way)
-        self.maximum = maximum
+    maximum: float | None = None
 
     def _intensity(self) -> Intensity:
         return MAGNITUDE
@@ -106,6 +104,14 @@ class VolumeReconstruction(Reconstruction):
         return result
 
 
+class VolumeReconstruction(VolumeMetrics):
+    """Reconstructs slices of a volume."""
+
+
+class VolumeAdaptation(VolumeMetrics, TestTimeAdaptation):
+    """Reconstructs slices of a volume with a prior that is adapted to each."""
+
+
 class MRIBench(Bench):
     """Runs methods on MRI."""
 
@@ -114,8 +120,15 @@ class MRIBench(Bench):
         assert isinstance(setting, MRISetting)
         prior = entry.prior if entry.method.needs_prior else None
         physics = CartesianMRI(self.size)  # its mask, coils and, if measured, size come with the case
-        common = (physics, entry.method, setting.noise, prior, precision or self.precision, self.seed)
-        return VolumeReconstruction(setting.maximum, *common, mirror=entry.mirror).to(self.record.device)
+        shared = (setting.noise, prior, precision or self.precision, self.seed)
+        task: VolumeMetrics
+        if entry.adaptation is None:
+            task = VolumeReconstruction(physics, entry.method, *shared, mirror=entry.mirror)
+        else:
+            assert isinstance(entry.method, Sampler)
+            task = VolumeAdaptation(physics, entry.method, entry.adaptation, *shared)
+        task.maximum = setting.maximum
+        return task.to(self.record.device)
 
     def operator(self, setting: Setting) -> LinearOperator:
         """Returns the physics without what comes with the case."""

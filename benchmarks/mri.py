@@ -43,9 +43,10 @@ from benchmarks._mri import (
     name_batches,
 )
 from benchmarks.claims._verdicts import Verdict, decide, difference
+from invrecon.adapt import Adaptation
 from invrecon.data.intensity import MAGNITUDE, Intensity
 from invrecon.errors import InputError
-from invrecon.methods import CGSENSE, FBP, Method, ProximalDiffusion, TotalVariation, WaveletL1
+from invrecon.methods import CGSENSE, FBP, Method, ProximalDiffusion, Sampler, TotalVariation, WaveletL1
 from invrecon.metrics.mri import magnitude
 from invrecon.metrics.summary import describe, format_entry, heading, summarise
 from invrecon.operators import (
@@ -91,11 +92,14 @@ TUNING = {
     )
     for num, sampling in ((4, R4), (8, R8))
 }
-LEARNED = {"whole": "whole", "patch": "patch", "proximal": "patch"}  # row -> which of `PRIORS` it has
+# Row -> which of `PRIORS` it has. The prior of *adapted* learns each scan by `tta_mri.yaml`: where it has seen no such.
+LEARNED = {"whole": "whole", "patch": "patch", "proximal": "patch", "adapted": "patch"}
+UNSEEN = (SCAN, ABDOMEN)
 ROWS = ("zero-filled", "cg-sense", "tv", "wavelet", *LEARNED)
 PRIORS = ("whole", "patch")
 CLASSICAL = ("tv", "wavelet")  # what priors are to be better than
-PAIRS = (("patch", "tv"), ("patch", "wavelet"), ("patch", "whole"), ("patch", "proximal"), ("proximal", "tv"))
+PAIRS = (("patch", "tv"), ("patch", "wavelet"), ("patch", "whole"), ("patch", "proximal"), ("proximal", "tv"),
+         ("adapted", "tv"), ("adapted", "wavelet"), ("adapted", "patch"))  # fmt: skip
 GRIDS = {
     "cg-sense": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     "tv": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
@@ -108,10 +112,21 @@ WEIGHTS = {"cg-sense": 3e-3, "tv": 1e-3, "wavelet": 1e-3}
 ITERATIONS = {"tv": 500, "wavelet": 100}
 
 
+def exists(row: str, setting: MRISetting) -> bool:
+    """Says whether a setting has a row: nothing is adapted to what the priors have seen."""
+    return row != "adapted" or setting.file in UNSEEN
+
+
 def load_method(config: str) -> Method:
     """Returns the method of a shipped configuration, built by the parser that the command line uses."""
     (method,) = load_parts(config, method=Method)
     return method
+
+
+def load_adaptation(config: str) -> tuple[Sampler, Adaptation]:
+    """Returns sampler and adaptation of a shipped configuration, likewise."""
+    sampler, adaptation = load_parts(config, method=Sampler, adaptation=Adaptation)
+    return sampler, adaptation
 
 
 def proximal_diffusion() -> Method:
@@ -148,6 +163,9 @@ class Tables:
 
     def entry(self, row: str) -> Entry:
         """Returns who competes in a row."""
+        if row == "adapted":
+            method, adaptation = load_adaptation("tta_mri")
+            return Entry(row, method, self.priors["patch"], adaptation)
         if row in LEARNED:
             method = proximal_diffusion() if row == "proximal" else load_method("recon_mri")
             return Entry(row, method, self.priors[LEARNED[row]], mirror=row != "proximal")  # as recon_mri.yaml has it
@@ -156,6 +174,10 @@ class Tables:
     def has_weights(self, row: str) -> bool:
         """Says whether a row's prior is there, if it needs one."""
         return row not in LEARNED or _common.has_weights(self.priors[LEARNED[row]])
+
+    def applies(self, row: str, setting: MRISetting) -> bool:
+        """Says whether a setting has a row, whose prior, if it needs one, is there."""
+        return self.has_weights(row) and exists(row, setting)
 
     def find(self, setting: MRISetting, entry: Entry) -> list[Row]:
         """Returns the rows that the record holds."""
@@ -192,7 +214,7 @@ class Tables:
         lines = []
         for setting in settings:
             total = setting.num_masks * len(setting.slices())
-            for row in rows:
+            for row in (row for row in rows if exists(row, setting)):
                 done = len(self.find(setting, self.entry(row))) if self.has_weights(row) else 0
                 lines.append((setting.name, row, f"{done}/{total}", "" if self.has_weights(row) else "no weights"))
         print(_common.markdown(["Setting", "Row", "Slices done", ""], lines))
@@ -217,7 +239,7 @@ class Tables:
         for setting in own:
             (batch,) = load_batches(replace(setting, num_slices=1), 0, self.bench.size, 1)
             row_images = images[setting.title] = {}
-            for row in rows:
+            for row in (row for row in rows if self.applies(row, setting)):
                 result = self.bench.reconstruct(setting, self.entry(row), batch)
                 row_images[row] = batch.scale[0] * magnitude(result.estimate.mean)[0, 0]
                 if truth is None and result.reference is not None:
@@ -289,7 +311,7 @@ def report(tables: Tables, settings: Sequence[MRISetting], rows: Sequence[str]) 
     differences: dict[str, dict[str, Any]] = {}
     verdicts: list[Verdict] = []
     for setting in settings:
-        found = {row: tables.find(setting, tables.entry(row)) for row in rows if tables.has_weights(row)}
+        found = {row: tables.find(setting, tables.entry(row)) for row in rows if tables.applies(row, setting)}
         found = {row: own for row, own in found.items() if own}
         summaries[setting.name] = {}
         for row, own in found.items():
@@ -300,6 +322,8 @@ def report(tables: Tables, settings: Sequence[MRISetting], rows: Sequence[str]) 
             summaries[setting.name][row] = {**summary, **more, "median_seconds": _common.median_seconds(own)}
         differences[setting.name] = {}
         for a, b in PAIRS:
+            if not exists(a, setting):
+                continue
             entry = difference(found.get(a), found.get(b))
             aim = setting.aim if b in CLASSICAL else None
             if aim is not None:
@@ -375,7 +399,7 @@ def main(args: list[str] | None = None) -> None:
         return
     present = [row for row in options.rows if tables.has_weights(row)]
     for setting in settings:
-        tables.measure(setting, [tables.entry(row) for row in present])
+        tables.measure(setting, [tables.entry(row) for row in present if tables.applies(row, setting)])
     bench.record.save(**report(tables, settings, options.rows))
     if options.figure:
         tables.draw(options.figure, settings, present)

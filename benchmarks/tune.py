@@ -2,9 +2,9 @@
 
     python -m benchmarks.tune [--tables a b] [--settings 20-clean ...] [--rows TotalVariation ...]
 
-What is found, `invrecon tune`'s own tuned.yaml, goes to `benchmarks/claims/tuned/SETTING/ROW.yaml`, from where the tables
-take it; the trials stay in `--output`, and the same command goes on where it was interrupted. The validation volume is
-neither trained on nor tested on. Rows of one objective (total variation by two solvers) are tuned once.
+What is found, `invrecon tune`'s own tuned.yaml, goes to `benchmarks/claims/tuned/SETTING/ROW.yaml`, from where the
+tables take it; the trials stay in `--output`, and the same command goes on where it was interrupted. The validation
+volume is neither trained on nor tested on. Rows of one objective (total variation by two solvers) are tuned once.
 """
 
 from __future__ import annotations

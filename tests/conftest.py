@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from pathlib import Path
@@ -48,6 +49,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {Path(__file__).parent / f"{name}.py": i for i, name in enumerate(LONG)}
     assert all(path.is_file() for path in order), "conftest.py names a module that is not there"
     items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
+def pytest_collection_finish() -> None:
+    """Leaves what has been imported by now out of every garbage collection: a tenth of the time of a command."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

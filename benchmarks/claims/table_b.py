@@ -56,8 +56,8 @@ class ProblemsTable(Comparison):
         return (
             "*patch* and *whole* are the shipped priors `patch_ct` and `whole_ct`, of one architecture and trained on "
             "as many pixels, under `ProximalDiffusion`; *baseline* is filtered back-projection, or the blurred image. "
-            f"Total variation is tuned for each problem ({TRIALS} trials of `invrecon tune` on validation slices), the sampler "
-            "is not. Published numbers are of PaDIS's own sampler and other data. A fan beam over 180° is less than a short "
-            "scan (180° and the fan's angle): on one side of the patient some edges are seen by no ray, and where they "
-            "stand is the prior's guess."
+            f"Total variation is tuned for each problem ({TRIALS} trials of `invrecon tune` on validation slices), the "
+            "sampler is not. Published numbers are of PaDIS's own sampler and other data. A fan beam over 180° is less "
+            "than a short scan (180° and the fan's angle): on one side of the patient some edges are seen by no ray, "
+            "and where they stand is the prior's guess."
         )

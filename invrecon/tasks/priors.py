@@ -42,7 +42,9 @@ def choose_prior(names: str | Sequence[str] | None, method: Method) -> Path | No
         return None
     paths = [find_shared(name, "checkpoints", SUFFIX) for name in ([names] if isinstance(names, str) else names)]
     if not paths:
-        raise InputError("model.prior is an empty list: name one prior, or several of which the first that fits is taken.")
+        raise InputError(
+            "model.prior is an empty list: name a prior, or several of which the first that fits is taken."
+        )
     cards = {path: read_card(path) for path in paths} if len(paths) > 1 else {}
     return next((path for path, card in cards.items() if covers(card, method)), paths[-1])
 

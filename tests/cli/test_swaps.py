@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import invrecon.methods
 from invrecon.discovery import needs_arguments
 from invrecon.errors import InputError
-from invrecon.methods import Method
+from invrecon.methods import DDS, FBP, AnnealedPnPADMM, Method
 from invrecon.priors.weights import read_card, save_prior
 from invrecon.shared import find_shared
 from invrecon.tasks.priors import choose_prior, covers
@@ -67,15 +67,21 @@ def test_levels_that_the_prior_never_saw_are_named(
     assert "DDS begins at a noise level of 10" in said and "0.5" in said and "--model.prior" in said
 
     both = f"--model.prior=[{low},{library}/patch.safetensors]"
-    assert run(both).model.prior_name == "low", "the first that covers the method's levels"
-    assert not complaints(both, "--model.method=DDS")
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert run(both, "--model.method=DDS").model.prior_name == "patch" and summary["psnr"]["num_cases"] == 1
-    (said,) = complaints(f"--model.prior=[{low},{low}]", "--model.method=DDS")  # none does: the last one, with a warning
+    assert not complaints(both, "--model.method=DDS"), "the first that was trained at the levels of the method"
+
+
+def test_the_first_prior_that_knows_the_levels_is_taken(library: Path, tmp_path: Path) -> None:
+    low, high = tmp_path / "low.safetensors", library / "patch.safetensors"
+    save_prior(low, load_file(high), dataclasses.replace(read_card(high), sigma_range=(0.002, 0.5)))
+    names = [str(low), str(high)]
+    taken = {method: choose_prior(names, method()) for method in (AnnealedPnPADMM, DDS, FBP)}
+    assert taken == {AnnealedPnPADMM: low, DDS: high, FBP: low}
+    assert choose_prior(names[:1] * 2, DDS()) == low, "the last one, if none does"
+    assert choose_prior(str(low), DDS()) == low and choose_prior(None, DDS()) is None
     with pytest.raises(InputError, match="an empty list"):
-        run("--model.prior=[]")
+        choose_prior([], DDS())
     with pytest.raises(InputError, match=r"no weights file 'nowhere'"):
-        run(f"--model.prior=[{low},nowhere]")
+        choose_prior([str(low), "nowhere"], DDS())
 
 
 def test_every_shipped_method_of_recon_ct_has_a_prior_of_its_levels() -> None:
@@ -83,9 +89,9 @@ def test_every_shipped_method_of_recon_ct_has_a_prior_of_its_levels() -> None:
     names = yaml.safe_load(find_shared("recon_ct", "configs", ".yaml").read_text())["model"]["init_args"]["prior"]
     for name in invrecon.methods.__all__:
         kind = getattr(invrecon.methods, name)
-        if not (inspect.isclass(kind) and issubclass(kind, Method)) or inspect.isabstract(kind) or needs_arguments(kind):
+        if not inspect.isclass(kind) or not issubclass(kind, Method) or inspect.isabstract(kind):
             continue
-        if (method := kind()).needs_prior:
+        if not needs_arguments(kind) and (method := kind()).needs_prior:
             path = choose_prior(names, method)
             assert path is not None and covers(read_card(path), method), name
             assert name != "AnnealedPnPADMM" or path.stem == "patch_ct_fine", "the default has the better one"
