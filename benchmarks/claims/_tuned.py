@@ -10,7 +10,7 @@ from benchmarks._methods import changed_arguments
 from invrecon.methods import Method
 
 FOLDER = Path(__file__).parent / "tuned"
-TRIALS, SLICES = 12, (8, 20)  # of every row; of the validation volume
+TRIALS, SLICES = 8, (8, 20)  # of every row; of the validation volume
 
 
 def tuned_path(setting: str, row: str, folder: Path | None = None) -> Path:

@@ -112,7 +112,11 @@ class LinearOperator(nn.Module, ABC):
         scale = weight.clamp(min=1.0)
         identity, data = 1 / scale, weight.clamp(max=1.0)
         rhs = data * self.adjoint(y - self(x))
-        return x + conjugate_gradient(lambda d: identity * d + data * self.normal(d), rhs, max_iter=max_iter, tol=tol)
+
+        def apply(d: Tensor) -> Tensor:
+            return (identity * d).add_(data * self.normal(d))
+
+        return x + conjugate_gradient(apply, rhs, max_iter=max_iter, tol=tol)
 
     def spectrum(self) -> Spectrum:
         """Returns the singular system `A = U S V^T`, for the operators that have it in closed form.
@@ -381,7 +385,8 @@ def conjugate_gradient(
 ) -> Tensor:
     """Solves `M x = b` by conjugate gradients, every sample with its own step sizes and its own end.
 
-    Hestenes and Stiefel, J. Res. NBS 49 (1952), Eqs. 3:1. Differentiable (no in-place updates).
+    Hestenes and Stiefel, J. Res. NBS 49 (1952), Eqs. 3:1. Differentiable: only where no gradient is recorded are `x`,
+    residual and direction updated where they lie, to the same bits, so that an iteration allocates what `apply` does.
 
     Args:
         apply: `x -> M x`, symmetric positive semi-definite, acting on each sample separately.
@@ -391,24 +396,37 @@ def conjugate_gradient(
         max_iter: Most iterations.
         tol: A sample stops when `||b - M x|| <= tol ||b||`.
     """
+    scratch = None if torch.is_grad_enabled() else torch.empty_like(b)
+
+    def plus(x: Tensor, step: Tensor, p: Tensor) -> Tensor:
+        """Returns `x + step p`."""
+        step = _per_sample(step, x)
+        return x + step * p if scratch is None else x.add_(torch.mul(step, p, out=scratch))
+
+    def dot(a: Tensor, b: Tensor) -> Tensor:
+        """Returns inner products, shape `(B,)`."""
+        return torch.mul(a, b, out=scratch).flatten(1).sum(1)
+
     x = torch.zeros_like(b) if x0 is None else x0
     r = b if x0 is None else b - apply(x0)
-    p, rr = r, _dot(r, r)
+    if scratch is not None:  # what is changed from here on is nobody else's
+        x, r = (x if x0 is None else x0.clone()), r.clone()
+    p, rr = (r if scratch is None else r.clone()), dot(r, r)
     # Beyond the precision's end the recursion has nothing left to divide, and would grow again.
-    threshold = max(tol, torch.finfo(b.dtype).eps) ** 2 * _dot(b, b)
+    threshold = max(tol, torch.finfo(b.dtype).eps) ** 2 * dot(b, b)
     for _ in range(max_iter):
         active = rr > threshold
         if not active.any():
             break
         q = apply(p)
-        curvature = _dot(p, q)
+        curvature = dot(p, q)
         active = active & (curvature > 0)
         alpha = torch.where(active, rr / torch.where(active, curvature, 1.0), 0.0)
-        x = x + _per_sample(alpha, x) * p
-        r = r - _per_sample(alpha, x) * q
-        rr_next = _dot(r, r)
+        x, r = plus(x, alpha, p), plus(r, -alpha, q)
+        rr_next = dot(r, r)
         beta = torch.where(active, rr_next / torch.where(active, rr, 1.0), 0.0)
-        p, rr = r + _per_sample(beta, x) * p, rr_next
+        p = r + _per_sample(beta, x) * p if scratch is None else p.mul_(_per_sample(beta, x)).add_(r)
+        rr = rr_next
     return x
 
 
@@ -425,11 +443,6 @@ def _power_iteration(operator: LinearOperator, max_iter: int = 100, tol: float =
         if value - previous <= tol * value:
             break
     return math.sqrt(value)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Per-sample inner products, shape `(B,)`."""
-    return (a * b).flatten(1).sum(1)
 
 
 def _per_sample(value: Tensor, like: Any) -> Tensor:

@@ -23,6 +23,7 @@ from invrecon.methods.draws import LangevinDataSampler
 from invrecon.methods.langevin import PredictorCorrector
 from invrecon.methods.transitions import DouglasRachford, PriorNoise, ReverseSDE
 from invrecon.operators import UniformBlur
+from invrecon.operators.base import conjugate_gradient
 from invrecon.rng import make_generators, randn
 
 SHAPE = (2, 1, 32, 32)
@@ -97,6 +98,22 @@ def test_data_steps_by_langevin_allocate_what_the_operator_does():
     own = count(lambda: operator.normal(images(1))) - count(lambda: images(1))
     short, long = (count(lambda num=num: sampler(num)(operator, y)(images(), 0.1, draws())) for num in (5, 25))
     assert (long - short) / 20 == own
+
+
+def test_conjugate_gradients_allocate_what_the_operator_does_unless_a_gradient_is_recorded():
+    operator = UniformBlur(size=32)
+    rhs, start = operator.adjoint(operator(images())), images(1)
+
+    def solve(num, x0=None):
+        return conjugate_gradient(operator.normal, rhs, x0, max_iter=num, tol=0.0)
+
+    own = count(lambda: operator.normal(images(1))) - count(lambda: images(1))
+    kept = rhs.clone(), start.clone()
+    with torch.no_grad():
+        assert (count(lambda: solve(25)) - count(lambda: solve(5))) / 20 == own
+        in_place = [solve(7, x0) for x0 in (None, start)]
+    assert torch.equal(rhs, kept[0]) and torch.equal(start, kept[1]), "what was given is as it was"
+    assert all(torch.equal(solve(7, x0), found) for x0, found in zip((None, start), in_place, strict=True))
 
 
 def test_the_corrector_allocates_little_beside_its_gradient():
