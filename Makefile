@@ -52,7 +52,7 @@ format: setup $(VENV)/.stamp-dev-$(HASH)  ## let ruff mend and format what it ca
 
 bench: setup $(VENV)/.stamp-bench-$(HASH)  ## run the benchmarks that need no GPU: tables here, JSON in outputs/bench
 	@mkdir -p outputs/bench; status=0; for path in benchmarks/[a-z]*.py; do \
-		name=$$(basename $$path .py); case $$name in dip|rgb) continue;; esac; echo "== $$name"; \
+		name=$$(basename $$path .py); case $$name in dip|rgb|tune) continue;; esac; echo "== $$name"; \
 		$(PY) -m benchmarks.$$name --json outputs/bench/$$name.json $(ARGS) || status=1; done; exit $$status
 
 claims: setup  ## put every published claim to the test: tables and verdicts in benchmarks/claims (hours; goes on)

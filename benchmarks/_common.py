@@ -290,8 +290,10 @@ def make_layout(layout: Mapping[str, Any] | None) -> Layout | None:
 def trace_columns(result: Result) -> list[Row]:
     """Returns how good each case's adaptation was at each step: PSNR of its estimates and loss on held-out views.
 
-    Of cases that share an adapter, one alone was watched.
+    Of cases that share an adapter, one alone was watched. Of complex images, nothing.
     """
+    if result.reference is not None and result.reference.shape[1] == 2:
+        return [{} for _ in result.rows]
     if result.traces is None or not any(step.image is not None for trace in result.traces for step in trace.steps):
         return [{} for _ in result.rows]
     assert result.reference is not None

@@ -12,7 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 import invrecon.methods
-from benchmarks._common import Entry, Setting
+from benchmarks._common import Entry, Setting, plain
 from invrecon import operators
 from invrecon.discovery import needs_arguments
 from invrecon.methods import (
@@ -110,14 +110,19 @@ def shorten(kind: type[Method], num_evaluations: int) -> Method:
 
 
 def changed_arguments(method: Method) -> dict[str, Any]:
-    """Returns the arguments by which a shortened or warm method is made again: its number and first level, if changed.
+    """Returns the arguments by which a method of fewer levels or another first one is made again, where changed.
 
-    Only where the rest of it is as its class makes it.
+    Raises:
+        ValueError: If there is more to it, as in a warm start.
     """
-    parameters = inspect.signature(type(method)).parameters
+    kind = type(method)
+    parameters = inspect.signature(kind).parameters
     levels = getattr(method, "schedule", method)
     found = {name: getattr(levels, name, None) for name in (*COUNTS, "sigma_max") if name in parameters}
-    return {name: value for name, value in found.items() if value not in (None, parameters[name].default)}
+    changed = {name: value for name, value in found.items() if value not in (None, parameters[name].default)}
+    if plain(kind(**changed)) != plain(method):
+        raise ValueError(f"{kind.__name__} has more than {', '.join(found)} of its own.")
+    return changed
 
 
 def _reach_floor(method: Method) -> None:

@@ -46,7 +46,7 @@ class MRISetting(Setting):
         num_slices: How many of the file's slices.
         spread: Whether they are spread evenly over the file; those in its middle, one after the other, otherwise.
         num_masks: How often each slice is measured; masks are then what an interval is over.
-        aim: What the patch prior is to gain on classical methods [dB]; None where nothing was aimed at.
+        aim: What rows of the patch prior are to gain on classical methods [dB]; None where nothing was aimed at.
         maximum: Largest value of the volume's reference, once it has been read.
     """
 
@@ -81,7 +81,7 @@ def count_slices(path: Path) -> int:
 
 
 class VolumeMetrics(Reconstruction):
-    """A reconstruction whose rows hold, besides, what metrics of volumes are made of (`volume_summary`).
+    """A task whose rows hold, besides, what metrics of volumes are made of (`volume_summary`).
 
     Attributes:
         maximum: The volume's data range, in the file's units; the largest value of each slice if None.

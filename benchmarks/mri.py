@@ -12,7 +12,8 @@ five patterns at R = 4: the masks have to differ for an interval.
 The run continues where it was stopped: a slice whose settings, weights and data are those of the JSON is not computed
 again. Processes that run at once each have a JSON of their own, and `--merge` takes up their rows. Rows without a prior
 file are left out, and said to be. `--tune` chooses the weights below on a validation patient; the measured scan takes
-them as they are, as its images are scaled alike.
+them as they are, as its images are scaled alike. The row `adapted`, of the measured scan and the abdomen alone, lets
+the patch prior learn each scan first, as `tta_mri.yaml` has it, without the mirror images of the row `patch`.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ TUNING = {
     )
     for num, sampling in ((4, R4), (8, R8))
 }
-# Row -> which of `PRIORS` it has. The prior of *adapted* learns each scan by `tta_mri.yaml`: where it has seen no such.
+# Row -> which of `PRIORS` it has. *adapted* lets it learn each scan (`tta_mri.yaml`) of a kind unseen in training.
 LEARNED = {"whole": "whole", "patch": "patch", "proximal": "patch", "adapted": "patch"}
 UNSEEN = (SCAN, ABDOMEN)
 ROWS = ("zero-filled", "cg-sense", "tv", "wavelet", *LEARNED)
@@ -112,7 +113,7 @@ WEIGHTS = {"cg-sense": 3e-3, "tv": 1e-3, "wavelet": 1e-3}
 ITERATIONS = {"tv": 500, "wavelet": 100}
 
 
-def exists(row: str, setting: MRISetting) -> bool:
+def has_row(row: str, setting: MRISetting) -> bool:
     """Says whether a setting has a row: nothing is adapted to what the priors have seen."""
     return row != "adapted" or setting.file in UNSEEN
 
@@ -177,7 +178,7 @@ class Tables:
 
     def applies(self, row: str, setting: MRISetting) -> bool:
         """Says whether a setting has a row, whose prior, if it needs one, is there."""
-        return self.has_weights(row) and exists(row, setting)
+        return self.has_weights(row) and has_row(row, setting)
 
     def find(self, setting: MRISetting, entry: Entry) -> list[Row]:
         """Returns the rows that the record holds."""
@@ -214,7 +215,7 @@ class Tables:
         lines = []
         for setting in settings:
             total = setting.num_masks * len(setting.slices())
-            for row in (row for row in rows if exists(row, setting)):
+            for row in (row for row in rows if has_row(row, setting)):
                 done = len(self.find(setting, self.entry(row))) if self.has_weights(row) else 0
                 lines.append((setting.name, row, f"{done}/{total}", "" if self.has_weights(row) else "no weights"))
         print(_common.markdown(["Setting", "Row", "Slices done", ""], lines))
@@ -322,7 +323,7 @@ def report(tables: Tables, settings: Sequence[MRISetting], rows: Sequence[str]) 
             summaries[setting.name][row] = {**summary, **more, "median_seconds": _common.median_seconds(own)}
         differences[setting.name] = {}
         for a, b in PAIRS:
-            if not exists(a, setting):
+            if not has_row(a, setting):
                 continue
             entry = difference(found.get(a), found.get(b))
             aim = setting.aim if b in CLASSICAL else None
@@ -387,6 +388,8 @@ def main(args: list[str] | None = None) -> None:
         replace(own, num_slices=min(own.num_slices, most), num_masks=min(own.num_masks, most))
         for own in map(SETTINGS.__getitem__, options.settings)
     ]
+    if not any(has_row(row, setting) for row in options.rows for setting in settings):
+        raise InputError(f"The row adapted is of {', '.join(n for n, own in SETTINGS.items() if own.file in UNSEEN)}.")
     bench = MRIBench(_common.start(options, "mri"), options.size)
     tables = Tables(bench, {"whole": options.whole, "patch": options.prior}, options.batch_size)
     if options.list:

@@ -9,6 +9,7 @@ volume is neither trained on nor tested on. Rows of one objective (total variati
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,12 +28,25 @@ from invrecon.errors import InputError
 from invrecon.files import atomic_write
 from invrecon.methods import Method
 
+DECIDES = ("trials", "slices", "volume", "size", "seed")  # what all tuned settings of the tables have in common
 TABLES = {table.letter: table for table in (MethodsTable, ProblemsTable)}
 
 
 def plan(letters: list[str], settings: list[str] | None, rows: list[str] | None) -> dict[tuple[str, str], Recipe]:
-    """Returns what to tune, by the setting's name and the row's name in the folder of tuned settings."""
+    """Returns what to tune, by the setting's name and the row's name in the folder of tuned settings.
+
+    Raises:
+        InputError: A setting or row that no table has.
+    """
     jobs: dict[tuple[str, str], Recipe] = {}
+    problems = {name for letter in letters for name in TABLES[letter].problems}
+    names = {name for letter in letters for name in TABLES[letter].tuned.values()}
+    for given, known, what in ((settings, problems, "--settings"), (rows, names, "--rows")):
+        if unknown := set(given or ()) - known:
+            raise InputError(
+                f"{what} has {', '.join(sorted(unknown))}, expected some of {', '.join(sorted(known))}, which are in "
+                f"the tables {', '.join(letters)}."
+            )
     for letter in letters:
         table = TABLES[letter]
         recipes = table.list_recipes()
@@ -62,9 +76,10 @@ def arguments(bench: Bench, setting: Setting, method: Method, prior: str | None,
 
 
 def main(args: list[str] | None = None) -> None:
-    parser = _common.make_parser(__doc__, device=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tables", nargs="+", choices=tuple(TABLES), default=list(TABLES))
-    parser.add_argument("--settings", nargs="+", choices=tuple(PROBLEMS))
+    parser.add_argument("--settings", nargs="+", help="problems of the tables")
     parser.add_argument("--rows", nargs="+", help="names in the folder of tuned settings")
     parser.add_argument("--trials", type=int, default=TRIALS, help="of every row, the default among them")
     parser.add_argument("--slices", default=",".join(map(str, SLICES)), help="of the volume")
@@ -76,19 +91,34 @@ def main(args: list[str] | None = None) -> None:
     options = parser.parse_args(args)
     if "heldout" in Path(options.volume).parts:
         raise InputError(f"'{options.volume}' is test data: tune on a validation patient.")
-    record: Record = _common.start(options, "tune")
+    usual = {name: getattr(options, name) == parser.get_default(name) for name in DECIDES}
+    if options.tuned is None and not all(usual.values()):
+        changed = ", ".join(f"--{name}" for name, same in usual.items() if not same)
+        raise InputError(
+            f"With another {changed} the tables' own settings would not be alike: name a folder by --tuned."
+        )
+    jobs = plan(options.tables, options.settings, options.rows)
+    record: Record = _common.start(argparse.Namespace(**vars(options), json=None), "tune")
     bench, volume = Bench(record, options.size), _common.data_file(options.volume)
     data = [f"--data.paths={volume}", f"--data.slices={options.slices}", "--data.batch_size=4"]
-    for (name, row), recipe in plan(options.tables, options.settings, options.rows).items():
+    failures: list[str] = []
+    for (name, row), recipe in jobs.items():
         print(f"\n{PROBLEMS[name].title}, {row}", flush=True)
         table = next(t for t in (TABLES[letter] for letter in options.tables) if name in t.problems)
         method = table.start_of(recipe.method, PROBLEMS[name])
         assert recipe.prior is None or isinstance(recipe.prior, str)
         own = arguments(bench, PROBLEMS[name], method, recipe.prior if method.needs_prior else None, data)
         folder = options.output / name / row
-        invrecon(["tune", *own, f"--trials={options.trials}", f"--seed={options.seed}", f"--output={folder}"])
+        try:
+            invrecon(["tune", *own, f"--trials={options.trials}", f"--seed={options.seed}", f"--output={folder}"])
+        except InputError as error:  # the other rows are not to blame
+            failures.append(f"{PROBLEMS[name].title}, {row}: {error}")
+            _common.progress(failures[-1])
+            continue
         with atomic_write(tuned_path(name, row, options.tuned)) as file:
             file.write((folder / "tuned.yaml").read_bytes())
+    if failures:
+        raise InputError(f"{len(failures)} rows were not tuned. {' '.join(failures)}")
 
 
 if __name__ == "__main__":

@@ -27,8 +27,10 @@ from invrecon.errors import InputError
 from invrecon.files import atomic_write, to_json, write_csv
 from invrecon.metrics.summary import COLUMNS, format_value, heading
 from invrecon.operators import NoNoise
+from invrecon.priors.weights import SUFFIX, file_hash
 from invrecon.report.provenance import fingerprint
 from invrecon.search import Choices, Domain, Search, Space, Values, check_keys, default_space, parse_domain
+from invrecon.shared import find_shared
 
 METRICS = tuple(name for name, column in COLUMNS.items() if column.better > 0)  # they compare with the reference
 SILENT = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false")
@@ -124,7 +126,11 @@ def main(args: list[str], run: Callable[[list[str]], Any]) -> None:
     cases = hash_cases(cli.datamodule.test_dataloader())
     ranges = {key: domain.describe() for key, domain in space.items()}
     described = {"model": model, "space": ranges, "metric": options.metric, "seed": options.seed}
-    identity = fingerprint(described, cli.model.weights_sha256, [f"{name} {value}" for name, value in cases.items()])
+    weights = [cli.model.weights_sha256]
+    if isinstance(names := model.get("prior"), list):  # trials may take another one: all count
+        weights = [file_hash(find_shared(name, "checkpoints", SUFFIX)) for name in names]
+    inputs = [*(f"{name} {value}" for name, value in cases.items()), *map(str, weights[1:])]
+    identity = fingerprint(described, weights[0], inputs)
     output = options.output or Path("outputs") / "tune" / cli.config_name / method
 
     def try_out(values: Values, number: int) -> Trial:

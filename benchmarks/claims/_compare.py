@@ -11,7 +11,7 @@ from benchmarks._common import Setting
 from benchmarks.claims._figures import dots_figure
 from benchmarks.claims._problems import PROBLEMS
 from benchmarks.claims._run import Run, Table
-from benchmarks.claims._tuned import tune
+from benchmarks.claims._tuned import with_tuned
 from benchmarks.claims._verdicts import Entry, Verdict, cell, difference, reproduce
 from invrecon.methods import Method
 from invrecon.metrics.summary import describe, summarise
@@ -91,7 +91,7 @@ class Comparison(Run):
     def method(self, key: str, setting: Setting) -> Method:
         """Returns the recipe's method, tuned for the setting where its row is."""
         method = self.start_of(self.recipes[key].method, setting)
-        return tune(method, setting.name, self.tuned[key]) if key in self.tuned else method
+        return with_tuned(method, setting.name, self.tuned[key]) if key in self.tuned else method
 
     def claims(self, setting: Setting) -> Iterator[Claim]:
         """Yields what is claimed of a setting."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from benchmarks._methods import changed_arguments
+from invrecon.errors import InputError
 from invrecon.methods import Method
 
 FOLDER = Path(__file__).parent / "tuned"
@@ -18,11 +21,25 @@ def tuned_path(setting: str, row: str, folder: Path | None = None) -> Path:
     return (folder or FOLDER) / setting / f"{row}.yaml"
 
 
-def tune(method: Method, setting: str, row: str, folder: Path | None = None) -> Method:
-    """Returns the method with what was found for a row in a setting; as it is where nothing was searched."""
-    path = tuned_path(setting, row, folder)
+@cache
+def read_tuned(path: Path) -> dict[str, Any]:
+    """Returns the settings in a tuned.yaml, none where there is no such file.
+
+    Raises:
+        InputError: It is none that `invrecon tune` has written.
+    """
     if not path.is_file():
-        return method
-    node = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["init_args"]["method"]
-    kind = type(method)
-    return kind(**(changed_arguments(method) | node["init_args"]))
+        return {}
+    try:
+        method = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]["init_args"]["method"]
+        return dict(method["init_args"])
+    except (yaml.YAMLError, LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"'{path}' is no tuned.yaml of `invrecon tune` ({error}): run benchmarks.tune again."
+        ) from None
+
+
+def with_tuned(method: Method, setting: str, row: str) -> Method:
+    """Returns the method with what was found for a row in a setting; as it is where nothing was searched."""
+    found = read_tuned(tuned_path(setting, row))
+    return type(method)(**(changed_arguments(method) | found)) if found else method

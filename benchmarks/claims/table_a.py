@@ -13,8 +13,9 @@ from typing import ClassVar
 from benchmarks._common import Setting
 from benchmarks._methods import find_methods, shorten, starts_from_noise, warm
 from benchmarks.claims._compare import Claim, Comparison, decibels, lead, minus
+from benchmarks.claims._problems import PROBLEMS
 from benchmarks.claims._recipes import CHEAP, SLOW, Recipe
-from benchmarks.claims._tuned import SLICES, TRIALS
+from benchmarks.claims._tuned import FOLDER, SLICES, TRIALS, tuned_path
 from invrecon.methods import AnnealedPnPADMM, Method, PaDISNormalised, ProximalDiffusion
 
 EVALUATIONS = 50
@@ -125,6 +126,8 @@ class MethodsTable(Comparison):
 
     def explain(self) -> str:
         """Returns what the rows are."""
+        names = sorted({path.stem for path in FOLDER.glob("*/*.yaml")} & set(TUNED))
+        where = ", ".join(PROBLEMS[name].title for name in self.problems if tuned_path(name, TV).is_file())
         return (
             f"Every method of the package by its name, with at most {EVALUATIONS} denoiser evaluations: fewer levels, "
             "all else as its defaults have it, where up to 1000 were published. PaDIS has 25 levels of two updates "
@@ -135,9 +138,10 @@ class MethodsTable(Comparison):
             "the method's source begins, mostly from noise, for which so few evaluations are too few (methods with a "
             "gradient through the network have warm starts alone). Priors are the shipped ones, `patch_ct` and "
             "`whole_ct`, trained on as many pixels, and for plug-and-play also `drunet_ct`, a denoiser of low levels. "
-            f"The classical rows, plug-and-play and the two fast samplers ({', '.join(TUNED)}) are tuned for every "
-            f"problem, each by {TRIALS} trials of `invrecon tune` on {len(SLICES)} slices of a validation patient "
-            "(`python -m benchmarks.tune`; what was found is in `tuned/`), with `patch_ct` or the denoiser named. "
-            "Knobs of all others are those of the package, chosen for CT where they were chosen at all. Methods that "
-            "need singular values are absent from CT."
+            f"Tuned for each problem ({where}), each by {TRIALS} trials of `invrecon tune` on {len(SLICES)} slices of "
+            f"a validation patient (`python -m benchmarks.tune`; what was found is in `tuned/`), are {', '.join(names)}"
+            ", and ADMMTV by the weight of TotalVariation, with `patch_ct` or the denoiser named. All others, and the "
+            "rows of whole-image priors, have the knobs of the package, chosen for CT where they were chosen at all: "
+            "against these the tuned rows have that advantage, also where the default sampler is compared with the "
+            "best of all others. Methods that need singular values are absent from CT."
         )

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 from benchmarks._common import Setting
 from benchmarks.claims._compare import Claim, Comparison, decibels, minus
-from benchmarks.claims._problems import FOUND
+from benchmarks.claims._problems import FOUND, PROBLEMS
 from benchmarks.claims._recipes import Recipe
-from benchmarks.claims._tuned import TRIALS
+from benchmarks.claims._tuned import TRIALS, tuned_path
 from invrecon.methods import FBP, ProximalDiffusion, TotalVariation
 
 # PSNR [dB] of the talk on PaDIS: baseline, ADMM-TV, whole image, patches.
@@ -53,10 +53,12 @@ class ProblemsTable(Comparison):
 
     def explain(self) -> str:
         """Returns what the rows are."""
+        tuned = (PROBLEMS[name].title for name in self.problems if tuned_path(name, "TotalVariation").is_file())
+        where = "; ".join(tuned) or "no problem of its own"
         return (
             "*patch* and *whole* are the shipped priors `patch_ct` and `whole_ct`, of one architecture and trained on "
             "as many pixels, under `ProximalDiffusion`; *baseline* is filtered back-projection, or the blurred image. "
-            f"Total variation is tuned for each problem ({TRIALS} trials of `invrecon tune` on validation slices), the "
+            f"Total variation is tuned for {where} ({TRIALS} trials of `invrecon tune` on validation slices), the "
             "sampler is not. Published numbers are of PaDIS's own sampler and other data. A fan beam over 180° is less "
             "than a short scan (180° and the fan's angle): on one side of the patient some edges are seen by no ray, "
             "and where they stand is the prior's guess."

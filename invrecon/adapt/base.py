@@ -70,6 +70,11 @@ class Adaptation(ABC):
     Constructor arguments are its knobs; it holds no state between calls and never touches the prior it is given.
     """
 
+    @property
+    def highest_level(self) -> float:
+        """The highest noise level at which it asks the prior, beside those of the sampler."""
+        return 0.0
+
     @abstractmethod
     def adapt(
         self, y: Tensor, operator: LinearOperator, prior: Prior, sampler: Sampler, generators: Generators

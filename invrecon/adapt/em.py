@@ -119,6 +119,11 @@ class ExpectationMaximisation(Adaptation):
         self.discrepancy = None if discrepancy is None else Discrepancy(discrepancy)
         self.teachers = teachers
 
+    @property
+    def highest_level(self) -> float:
+        """That of the E-steps: what is learned is of their samples, at the levels of the M-steps."""
+        return self.expectation.highest_level
+
     def adapt(
         self, y: Tensor, operator: LinearOperator, prior: Prior, sampler: Sampler, generators: Generators
     ) -> tuple[Estimate, Trace]:

@@ -63,6 +63,16 @@ class Method(ABC):
         """Denoiser evaluations for one sample."""
         return 0
 
+    @property
+    def highest_level(self) -> float:
+        """The highest noise level at which the prior is asked; 0 where there is none.
+
+        Of `self.schedule`, where there is one. Methods that take their level from elsewhere say so here: a prior is
+        chosen, and its user warned, by this number.
+        """
+        schedule = getattr(self, "schedule", None)
+        return 0.0 if schedule is None else float(max(schedule.sigmas))
+
     @abstractmethod
     def __call__(
         self,

@@ -93,6 +93,11 @@ class PlugAndPlay(Method):
         """Most denoiser evaluations: one an iteration."""
         return self.num_iterations
 
+    @property
+    def highest_level(self) -> float:
+        """The one level of its denoiser."""
+        return self.sigma
+
     @abstractmethod
     def iterate(self, v: Tensor, denoise: Map, fit: Map) -> tuple[Tensor, Tensor]:
         """Returns the next state and the image, which agree with the data as far as they are trusted.

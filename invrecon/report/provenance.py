@@ -55,6 +55,7 @@ def provenance(
     config: Mapping[str, Any] | None = None,
     *,
     weights_sha256: str | None = None,
+    prior: str | None = None,
     seed: int | None = None,
     command: Sequence[str] | None = None,
 ) -> dict[str, Any]:
@@ -70,6 +71,7 @@ def provenance(
     return {
         "config": dict(config or {}),
         "versions": versions,
+        "prior": prior,
         "weights_sha256": weights_sha256,
         "seed": seed,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]] if command is None else command),

@@ -62,7 +62,11 @@ class ResultWriter(lightning.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         self.output = Path(trainer.strategy.broadcast(str(self.output)))
         origin = provenance(
-            self.config, weights_sha256=pl_module.weights_sha256, seed=pl_module.seed, command=self.command
+            self.config,
+            weights_sha256=pl_module.weights_sha256,
+            prior=pl_module.prior_name,
+            seed=pl_module.seed,
+            command=self.command,
         )
         index = data.case_index()
         inputs = {file_stem(path): file_identity(path) for path, _ in index if Path(path).exists()}
@@ -173,6 +177,8 @@ class ResultWriter(lightning.Callback):
             self.store.clear()
             print(_table(pl_module.label, summary))
             print(volumes, end="")
+            if pl_module.prior_name is not None:
+                print(f"Prior: {pl_module.prior_name}")
             print(f"Written to {self.output}: metrics.csv, summary.json.")
 
     def on_predict_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:

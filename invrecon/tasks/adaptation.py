@@ -13,6 +13,7 @@ from invrecon.operators.base import LinearOperator
 from invrecon.operators.noise import NoiseModel
 from invrecon.priors.layouts import Layout
 from invrecon.rng import Generators
+from invrecon.tasks.priors import choose_prior
 from invrecon.tasks.reconstruction import Reconstruction
 
 
@@ -66,8 +67,16 @@ class TestTimeAdaptation(Reconstruction):
             )
         if not isinstance(adaptation, Adaptation):
             raise InputError(f"model.adaptation is {type(adaptation).__name__}, which is no adaptation.")
+        level = max(method.highest_level, adaptation.highest_level)
+        if (path := choose_prior(prior, level)) is not None:
+            prior = str(path)
         super().__init__(operator, method, noise, prior, precision, seed, num_figures, save_samples, layout)
         self.adaptation, self.pool, self.suitability = adaptation, pool, suitability
+
+    @property
+    def highest_level(self) -> float:
+        """The highest noise level at which the prior is asked, by the sampler or while it adapts."""
+        return max(super().highest_level, self.adaptation.highest_level)
 
     @property
     def label(self) -> str:

@@ -7,30 +7,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from invrecon.errors import InputError
-from invrecon.methods.base import Method
 from invrecon.priors.weights import SUFFIX, PriorCard, read_card
 from invrecon.shared import find_shared
 
 SLACK = 1.01  # of a highest level, which a file may hold rounded
+EXPORTED = "prior"  # what `invrecon fit` calls its file
 
 
-def highest_level(method: Method) -> float:
-    """Returns the highest noise level of a method's schedule, 0 without one."""
-    schedule = getattr(method, "schedule", None)
-    return 0.0 if schedule is None else max(schedule.sigmas)
+def covers(card: PriorCard, level: float) -> bool:
+    """Says whether a prior was trained up to a noise level."""
+    return level <= SLACK * card.sigma_range[1]
 
 
-def covers(card: PriorCard, method: Method) -> bool:
-    """Says whether a prior was trained up to the highest noise level of a method."""
-    return highest_level(method) <= SLACK * card.sigma_range[1]
-
-
-def choose_prior(names: str | Sequence[str] | None, method: Method) -> Path | None:
-    """Returns the file of the first prior named that covers the levels of a method, of the last one if none does.
+def choose_prior(names: str | Sequence[str] | None, level: float) -> Path | None:
+    """Returns the file of the first prior named that was trained up to a level, or else of the one trained highest.
 
     Args:
         names: A prior file or the bare name of a shipped one, or several: the best at low levels first.
-        method: What it is for.
+        level: The highest noise level that the prior will be asked about (`Method.highest_level`).
 
     Returns:
         The file, or None where no prior is named.
@@ -45,16 +39,31 @@ def choose_prior(names: str | Sequence[str] | None, method: Method) -> Path | No
         raise InputError(
             "model.prior is an empty list: name a prior, or several of which the first that fits is taken."
         )
-    cards = {path: read_card(path) for path in paths} if len(paths) > 1 else {}
-    return next((path for path, card in cards.items() if covers(card, method)), paths[-1])
+    if len(paths) == 1:  # read when it is loaded
+        return paths[0]
+    cards = {path: read_card(path) for path in paths}
+    highest = max(cards, key=lambda path: cards[path].sigma_range[1])
+    return next((path for path, card in cards.items() if covers(card, level)), highest)
 
 
-def warn_of_levels(card: PriorCard, method: Method) -> None:
-    """Warns where a method begins at a noise level at which its prior was never trained."""
-    if not covers(card, method):
+def name_prior(path: Path) -> str:
+    """Returns the name of a prior file: its own, after its folder's if `invrecon fit` named it as it names all."""
+    return f"{path.resolve().parent.name}/{path.stem}" if path.stem == EXPORTED else path.stem
+
+
+def warn_of_levels(card: PriorCard, name: str, level: float, who: str) -> None:
+    """Warns where a prior will be asked about a noise level at which it was never trained.
+
+    Args:
+        card: The prior's.
+        name: Its name.
+        level: The highest level.
+        who: What asks.
+    """
+    if not covers(card, level):
         warnings.warn(
-            f"{type(method).__name__} begins at a noise level of {highest_level(method):g}, and its prior was trained "
-            f"up to {card.sigma_range[1]:g}: above, its denoiser guesses. Take a prior of all levels (--model.prior "
+            f"{who} begins at a noise level of {level:g}, and its prior, {name}, was trained up to "
+            f"{card.sigma_range[1]:g}: above, its denoiser guesses. Take a prior of all levels (--model.prior "
             "patch_ct, whole_ct or patch_mri), or lower the first level (--model.method.sigma_max).",
             stacklevel=4,
         )

@@ -41,7 +41,7 @@ from invrecon.priors.weights import PriorCard, file_hash, load_prior
 from invrecon.rng import Generators, make_generators
 from invrecon.tasks.fits import TruthWatch, fit_traces
 from invrecon.tasks.generation import seam_columns
-from invrecon.tasks.priors import choose_prior, warn_of_levels
+from invrecon.tasks.priors import choose_prior, name_prior, warn_of_levels
 
 
 @dataclass
@@ -114,7 +114,7 @@ class Reconstruction(lightning.LightningModule):
         self.prior: Prior | None = None
         self.card: PriorCard | None = None
         self.weights_sha256: str | None = None
-        self.prior_name = "none"
+        self.prior_name: str | None = None
         self._fine: dict[int, LinearOperator] = {}
         if method.needs_prior and prior is None:
             raise InputError(
@@ -124,12 +124,12 @@ class Reconstruction(lightning.LightningModule):
         self.layout, self.mirror = layout, mirror
         if layout is not None and prior is None:
             raise InputError(f"model.layout is {type(layout).__name__}, but no model.prior is set: give a patch prior.")
-        if (path := choose_prior(prior, method)) is not None:
+        if (path := choose_prior(prior, method.highest_level)) is not None:
             self.prior, self.card = load_prior(path)
             self.prior = self.prior if layout is None else lay_out(self.prior, layout)
             self.prior.denoiser.precision = precision  # type: ignore[union-attr]
             self.prior = MirroredPrior(self.prior) if mirror else self.prior
-            self.weights_sha256, self.prior_name = file_hash(path), path.stem
+            self.weights_sha256, self.prior_name = file_hash(path), name_prior(path)
 
     def setup(self, stage: str) -> None:
         """Checks that prior, data, noise and operator speak of the same images.
@@ -158,13 +158,13 @@ class Reconstruction(lightning.LightningModule):
             if card.denoiser:  # someone else's: of its scale, the file says what was typed or assumed at its import
                 instead += f"; or, if its images were of this scale, import it again with {as_option(intensity)}"
             raise InputError(
-                f"The prior was trained on the intensity scale {card.intensity}, the data have "
+                f"The prior, {self.prior_name}, was trained on the intensity scale {card.intensity}, the data have "
                 f"{asdict(intensity)}: {instead}"
                 f"{', or set data.intensity like that of the prior' if self._generates() else ''}."
             )
         if channels != self.operator.image_shape[0]:
             raise InputError(
-                f"The prior has {channels} image channels, {type(self.operator).__name__} has "
+                f"The prior, {self.prior_name}, has {channels} image channels, {type(self.operator).__name__} has "
                 f"{self.operator.image_shape[0]}: use a prior of such images"
                 f"{', or set model.operator.num_channels' if self._generates() else ''}."
             )
@@ -173,7 +173,7 @@ class Reconstruction(lightning.LightningModule):
                 "The prior's two channels are parts of complex numbers, and the operator's images are real: set "
                 "model.operator.complex_images to true and model.method.clip to null."
             )
-        warn_of_levels(card, self.method)
+        warn_of_levels(card, str(self.prior_name), self.highest_level, self.label)
 
     def _generates(self) -> bool:
         return isinstance(self.method, UnconditionalSampler)
@@ -226,6 +226,11 @@ class Reconstruction(lightning.LightningModule):
         assert batch.reference is not None
         widths = [voxel[-1] * batch.reference.shape[-1] for voxel in batch.voxel_mm if voxel is not None]
         return torch.tensor(widths, device=self.device) / self.operator.field_of_view
+
+    @property
+    def highest_level(self) -> float:
+        """The highest noise level at which the prior is asked."""
+        return self.method.highest_level
 
     @property
     def label(self) -> str:
@@ -351,12 +356,13 @@ class Reconstruction(lightning.LightningModule):
 
     def describe(self) -> dict[str, str]:
         """Returns the facts of the run for its report, in words."""
-        prior = self.prior_name
+        prior = "none"
         if self.card is not None:
             sizes = f" of {self.card.patch_sizes[0]} pixels" if self.card.patch_sizes else ""
             layout = "" if self.layout is None else f" laid out by {type(self.layout).__name__}"
             layout += ", mirrored at random" if self.mirror else ""
-            prior += f": {self.card.kind}{sizes}{layout}, trained on {', '.join(self.card.data)} ({self.card.licence})"
+            prior = f"{self.prior_name}: {self.card.kind}{sizes}{layout}, "
+            prior += f"trained on {', '.join(self.card.data)} ({self.card.licence})"
         return {
             "method": type(self.method).__name__,
             "prior": prior,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,13 @@ import torch
 import yaml
 
 from benchmarks import _common, tune
-from benchmarks._methods import changed_arguments
+from benchmarks._methods import changed_arguments, warm
 from benchmarks.claims import _tuned
 from benchmarks.claims._problems import PROBLEMS
 from benchmarks.claims.table_a import EVALUATIONS, MethodsTable
 from benchmarks.claims.table_b import ProblemsTable
 from invrecon.errors import InputError
-from invrecon.methods import ADMMTV, AnnealedPnPADMM, TotalVariation
+from invrecon.methods import ADMMTV, DDS, AnnealedPnPADMM, TotalVariation
 from invrecon.search import SPACES
 from tests.cli.tiny import SIZE, make_volume, slices_of_a_chest
 
@@ -78,11 +79,23 @@ def test_every_tuned_row_begins_as_its_table_has_it() -> None:
 
 def test_as_many_trials_for_every_row() -> None:
     """The settings in the repository are of one budget: a row that searched longer would be ahead by that alone."""
-    found = sorted(_tuned.FOLDER.glob("*/*.yaml"))
-    jobs = tune.plan(["a", "b"], None, None)
-    assert {(path.parent.name, path.stem) for path in found} <= jobs.keys()
-    budgets = {line.split("of ")[1].split(" ")[0] for path in found for line in path.read_text().splitlines()
-               if "trials:" in line}  # fmt: skip
-    assert len(budgets) <= 1
-    volume = Path(_common.VALIDATION).stem
-    assert all(f"#   {volume}" in path.read_text() for path in found), "tuned on validation slices"
+    found = {(path.parent.name, path.stem): path.read_text() for path in _tuned.FOLDER.glob("*/*.yaml")}
+    assert found.keys() <= tune.plan(["a", "b"], None, None).keys()
+    cases = {f"{Path(_common.VALIDATION).stem}/{index:04d}" for index in _tuned.SLICES}
+    for key, text in found.items():
+        assert f"trials: {_tuned.TRIALS} of {_tuned.TRIALS} " in text and ", seed: 0" in text, key
+        assert set(re.findall(r"^#   (\S+) [0-9a-f]{64}$", text, re.MULTILINE)) == cases, key
+
+
+def test_what_cannot_be_tuned_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--rows has Totalvariation, expected some of .*TotalVariation"):
+        tune.main(["--rows", "Totalvariation"])
+    with pytest.raises(InputError, match=r"--settings has 20-noisy, expected some of .*deblur"):
+        tune.main(["--settings", "20-noisy"])
+    with pytest.raises(InputError, match="another --trials, --size the tables' own settings"):
+        tune.main(["--trials", "3", "--size", "64"])
+    (tmp_path / "x.yaml").write_text("model: 1")
+    with pytest.raises(InputError, match=r"x\.yaml' is no tuned\.yaml"):
+        _tuned.read_tuned(tmp_path / "x.yaml")
+    with pytest.raises(ValueError, match="more than"):
+        changed_arguments(warm(DDS(), 0.1))

@@ -15,12 +15,26 @@ import yaml
 from safetensors.torch import load_file
 
 import invrecon.methods
+from invrecon.adapt import ExpectationMaximisation
 from invrecon.discovery import needs_arguments
 from invrecon.errors import InputError
-from invrecon.methods import DDS, FBP, AnnealedPnPADMM, Method
+from invrecon.methods import (
+    DDS,
+    DIP,
+    FBP,
+    RED,
+    AnnealedPnPADMM,
+    Method,
+    PnPADMM,
+    ProximalDiffusion,
+    Purification,
+    UDiGDIP,
+)
+from invrecon.operators import ParallelBeamCT
 from invrecon.priors.weights import read_card, save_prior
 from invrecon.shared import find_shared
-from invrecon.tasks.priors import choose_prior, covers
+from invrecon.tasks.adaptation import TestTimeAdaptation
+from invrecon.tasks.priors import choose_prior, covers, name_prior
 from tests.cli.tiny import files_in, reconstruct
 
 
@@ -74,14 +88,29 @@ def test_the_first_prior_that_knows_the_levels_is_taken(library: Path, tmp_path:
     low, high = tmp_path / "low.safetensors", library / "patch.safetensors"
     save_prior(low, load_file(high), dataclasses.replace(read_card(high), sigma_range=(0.002, 0.5)))
     names = [str(low), str(high)]
-    taken = {method: choose_prior(names, method()) for method in (AnnealedPnPADMM, DDS, FBP)}
-    assert taken == {AnnealedPnPADMM: low, DDS: high, FBP: low}
-    assert choose_prior(names[:1] * 2, DDS()) == low, "the last one, if none does"
-    assert choose_prior(str(low), DDS()) == low and choose_prior(None, DDS()) is None
+    assert [choose_prior(names, level) for level in (0.0, 0.5, 0.6, 40.0)] == [low, low, high, high]
+    assert choose_prior(names[::-1], 80.0) == high, "the one trained highest, if none was trained so high"
+    assert choose_prior(str(low), 10.0) == low and choose_prior(None, 10.0) is None
     with pytest.raises(InputError, match="an empty list"):
-        choose_prior([], DDS())
+        choose_prior([], 1.0)
     with pytest.raises(InputError, match=r"no weights file 'nowhere'"):
-        choose_prior([str(low), "nowhere"], DDS())
+        choose_prior([str(low), "nowhere"], 0.1)
+    assert name_prior(low) == "low" and name_prior(tmp_path / "mine" / "prior.safetensors") == "mine/prior"
+
+
+def test_the_highest_level_is_that_at_which_the_prior_is_asked(library: Path) -> None:
+    levels = {DDS(): 10.0, AnnealedPnPADMM(): 0.1, PnPADMM(sigma=0.9): 0.9, RED(sigma=0.7): 0.7, FBP(): 0.0,
+              UDiGDIP(Purification(sigma_max=5.0)): 5.0, DIP(): 0.0}  # fmt: skip
+    for method, level in levels.items():
+        assert method.highest_level == pytest.approx(level), type(method).__name__
+    prior = str(library / "patch.safetensors")
+    task = TestTimeAdaptation(
+        ParallelBeamCT(32, 12, 48),
+        AnnealedPnPADMM(),
+        ExpectationMaximisation(expectation=ProximalDiffusion(sigma_max=3.0)),
+        prior=prior,
+    )
+    assert task.highest_level == pytest.approx(3.0), "the E-steps ask, too"
 
 
 def test_every_shipped_method_of_recon_ct_has_a_prior_of_its_levels() -> None:
@@ -92,8 +121,8 @@ def test_every_shipped_method_of_recon_ct_has_a_prior_of_its_levels() -> None:
         if not inspect.isclass(kind) or not issubclass(kind, Method) or inspect.isabstract(kind):
             continue
         if not needs_arguments(kind) and (method := kind()).needs_prior:
-            path = choose_prior(names, method)
-            assert path is not None and covers(read_card(path), method), name
+            path = choose_prior(names, method.highest_level)
+            assert path is not None and covers(read_card(path), method.highest_level), name
             assert name != "AnnealedPnPADMM" or path.stem == "patch_ct_fine", "the default has the better one"
 
 

@@ -286,6 +286,11 @@ class UDiGDIP(ASeqDIP):
         return (self.num_iterations - 1) // self.num_inner
 
     @property
+    def highest_level(self) -> float:
+        """That of the first purification."""
+        return self.purification.sigma_max
+
+    @property
     def num_evaluations(self) -> int:
         """Most denoiser evaluations."""
         return self.num_purifications * self.purification.num_levels
