@@ -12,8 +12,9 @@ five patterns at R = 4: the masks have to differ for an interval.
 The run continues where it was stopped: a slice whose settings, weights and data are those of the JSON is not computed
 again. Processes that run at once each have a JSON of their own, and `--merge` takes up their rows. Rows without a prior
 file are left out, and said to be. `--tune` chooses the weights below on a validation patient; the measured scan takes
-them as they are, as its images are scaled alike. The row `adapted`, of the measured scan and the abdomen alone, lets
-the patch prior learn each scan first, as `tta_mri.yaml` has it, without the mirror images of the row `patch`.
+them as they are, as its images are scaled alike. The row `adapted`, where it is asked for, of the measured scan and the
+abdomen alone, lets the patch prior learn each scan first, as `tta_mri.yaml` has it, without the mirror images of the
+row `patch`.
 """
 
 from __future__ import annotations
@@ -97,6 +98,7 @@ TUNING = {
 LEARNED = {"whole": "whole", "patch": "patch", "proximal": "patch", "adapted": "patch"}
 UNSEEN = (SCAN, ABDOMEN)
 ROWS = ("zero-filled", "cg-sense", "tv", "wavelet", *LEARNED)
+USUAL = tuple(row for row in ROWS if row != "adapted")  # which takes twelve times as long as `patch`
 PRIORS = ("whole", "patch")
 CLASSICAL = ("tv", "wavelet")  # what priors are to be better than
 PAIRS = (("patch", "tv"), ("patch", "wavelet"), ("patch", "whole"), ("patch", "proximal"), ("proximal", "tv"),
@@ -369,7 +371,7 @@ def report_tuning(found: Mapping[str, Any]) -> None:
 def main(args: list[str] | None = None) -> None:
     parser = _common.make_parser(__doc__)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="SETTING")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*USUAL], metavar="ROW")
     parser.add_argument("--prior", default="patch_mri_fine", help="patch prior: a file, or the name of a shipped one")
     parser.add_argument("--whole", default="whole_mri", help="whole-image prior: likewise")
     parser.add_argument("--max-slices", type=int, help="at most so many slices of each setting, and masks")
