@@ -80,7 +80,7 @@ def test_every_tuned_row_begins_as_its_table_has_it() -> None:
 def test_as_many_trials_for_every_row() -> None:
     """The settings in the repository are of one budget: a row that searched longer would be ahead by that alone."""
     found = {(path.parent.name, path.stem): path.read_text() for path in _tuned.FOLDER.glob("*/*.yaml")}
-    assert found.keys() <= tune.plan(["a", "b"], None, None).keys()
+    assert tune.plan(["a"], None, None).keys() <= found.keys() <= tune.plan(["a", "b"], None, None).keys()
     cases = {f"{Path(_common.VALIDATION).stem}/{index:04d}" for index in _tuned.SLICES}
     for key, text in found.items():
         assert f"trials: {_tuned.TRIALS} of {_tuned.TRIALS} " in text and ", seed: 0" in text, key
