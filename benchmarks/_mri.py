@@ -80,11 +80,11 @@ def count_slices(path: Path) -> int:
     return len(open_kspace(path) if is_kspace(path) else open_magnitudes(path))
 
 
-class VolumeMetrics(Reconstruction):
-    """A task whose rows hold, besides, what metrics of volumes are made of (`volume_summary`).
+class VolumeReconstruction(Reconstruction):
+    """A reconstruction whose rows hold, besides, what metrics of volumes are made of (`volume_summary`).
 
     Attributes:
-        maximum: The volume's data range, in the file's units; the largest value of each slice if None.
+        maximum: The volume's data range, in the file's units; the largest value of each batch's references if None.
     """
 
     maximum: float | None = None
@@ -104,12 +104,8 @@ class VolumeMetrics(Reconstruction):
         return result
 
 
-class VolumeReconstruction(VolumeMetrics):
-    """Reconstructs slices of a volume."""
-
-
-class VolumeAdaptation(VolumeMetrics, TestTimeAdaptation):
-    """Reconstructs slices of a volume with a prior that is adapted to each."""
+class VolumeAdaptation(VolumeReconstruction, TestTimeAdaptation):
+    """The same with a prior that is adapted to each slice."""
 
 
 class MRIBench(Bench):
@@ -121,7 +117,7 @@ class MRIBench(Bench):
         prior = entry.prior if entry.method.needs_prior else None
         physics = CartesianMRI(self.size)  # its mask, coils and, if measured, size come with the case
         shared = (setting.noise, prior, precision or self.precision, self.seed)
-        task: VolumeMetrics
+        task: VolumeReconstruction
         if entry.adaptation is None:
             task = VolumeReconstruction(physics, entry.method, *shared, mirror=entry.mirror)
         else:

@@ -13,13 +13,12 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from benchmarks import _common
 from benchmarks._common import VALIDATION, Bench, Setting
 from benchmarks._methods import changed_arguments
-from benchmarks._record import Record
 from benchmarks.claims._problems import PROBLEMS
-from benchmarks.claims._recipes import Recipe
 from benchmarks.claims._tuned import SLICES, TRIALS, tuned_path
 from benchmarks.claims.table_a import MethodsTable
 from benchmarks.claims.table_b import ProblemsTable
@@ -29,16 +28,17 @@ from invrecon.files import atomic_write
 from invrecon.methods import Method
 
 DECIDES = ("trials", "slices", "volume", "size", "seed")  # what all tuned settings of the tables have in common
+Jobs = dict[tuple[str, str], tuple[Method, Any]]  # names of setting and row -> method, and its prior if any
 TABLES = {table.letter: table for table in (MethodsTable, ProblemsTable)}
 
 
-def plan(letters: list[str], settings: list[str] | None, rows: list[str] | None) -> dict[tuple[str, str], Recipe]:
-    """Returns what to tune, by the setting's name and the row's name in the folder of tuned settings.
+def plan(letters: list[str], settings: list[str] | None, rows: list[str] | None) -> Jobs:
+    """Returns methods and their priors, by the setting's name and the row's name in the folder of tuned settings.
 
     Raises:
         InputError: A setting or row that no table has.
     """
-    jobs: dict[tuple[str, str], Recipe] = {}
+    jobs: Jobs = {}
     problems = {name for letter in letters for name in TABLES[letter].problems}
     names = {name for letter in letters for name in TABLES[letter].tuned.values()}
     for given, known, what in ((settings, problems, "--settings"), (rows, names, "--rows")):
@@ -53,7 +53,8 @@ def plan(letters: list[str], settings: list[str] | None, rows: list[str] | None)
         for setting in table.problems:
             for key, name in table.tuned.items():
                 if (settings is None or setting in settings) and (rows is None or name in rows):
-                    jobs.setdefault((setting, name), recipes[key])
+                    method = table.start_of(recipes[key].method, PROBLEMS[setting])
+                    jobs.setdefault((setting, name), (method, recipes[key].prior))
     return jobs
 
 
@@ -91,23 +92,19 @@ def main(args: list[str] | None = None) -> None:
     options = parser.parse_args(args)
     if "heldout" in Path(options.volume).parts:
         raise InputError(f"'{options.volume}' is test data: tune on a validation patient.")
-    usual = {name: getattr(options, name) == parser.get_default(name) for name in DECIDES}
-    if options.tuned is None and not all(usual.values()):
-        changed = ", ".join(f"--{name}" for name, same in usual.items() if not same)
+    changed = [f"--{name}" for name in DECIDES if getattr(options, name) != parser.get_default(name)]
+    if options.tuned is None and changed:
         raise InputError(
-            f"With another {changed} the tables' own settings would not be alike: name a folder by --tuned."
+            f"With another {', '.join(changed)} the tables' own settings would not be alike: name a folder by --tuned."
         )
     jobs = plan(options.tables, options.settings, options.rows)
-    record: Record = _common.start(argparse.Namespace(**vars(options), json=None), "tune")
-    bench, volume = Bench(record, options.size), _common.data_file(options.volume)
+    bench = Bench(_common.start(argparse.Namespace(**vars(options), json=None), "tune"), options.size)
+    volume = _common.data_file(options.volume)
     data = [f"--data.paths={volume}", f"--data.slices={options.slices}", "--data.batch_size=4"]
     failures: list[str] = []
-    for (name, row), recipe in jobs.items():
+    for (name, row), (method, prior) in jobs.items():
         print(f"\n{PROBLEMS[name].title}, {row}", flush=True)
-        table = next(t for t in (TABLES[letter] for letter in options.tables) if name in t.problems)
-        method = table.start_of(recipe.method, PROBLEMS[name])
-        assert recipe.prior is None or isinstance(recipe.prior, str)
-        own = arguments(bench, PROBLEMS[name], method, recipe.prior if method.needs_prior else None, data)
+        own = arguments(bench, PROBLEMS[name], method, prior, data)
         folder = options.output / name / row
         try:
             invrecon(["tune", *own, f"--trials={options.trials}", f"--seed={options.seed}", f"--output={folder}"])

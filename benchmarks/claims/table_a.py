@@ -27,8 +27,8 @@ FULL = "PaDIS-full"  # as published
 WITHOUT_LEVELS = ("FBP", "TotalVariation", "PnPADMM", "RED")  # rows that have no ladder of levels to shorten
 DRUNET = "drunet_ct"
 # Classical rows and the fast samplers; the two solvers of total variation have one minimum, and so one weight.
-PLAIN = ("TotalVariation", "WaveletL1", "SIRT", "CGSENSE")
-TUNED = (*PLAIN, "PnPADMM", "PnPADMM-drunet", "RED", "RED-drunet", DEFAULT, "ProximalDiffusion")
+TUNED = ("TotalVariation", "WaveletL1", "SIRT", "CGSENSE", "PnPADMM", "PnPADMM-drunet", "RED", "RED-drunet", DEFAULT,
+         "ProximalDiffusion")  # fmt: skip
 
 # PSNR [dB] of the talk on PaDIS: 20 views, 8 views, deblurring, super-resolution.
 PROBLEM_NAMES = ("20-clean", "8-clean", "deblur", "sr")

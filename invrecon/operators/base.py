@@ -403,15 +403,13 @@ def conjugate_gradient(
         step = _per_sample(step, x)
         return x + step * p if scratch is None else x.add_(torch.mul(step, p, out=scratch))
 
-    def dot(a: Tensor, b: Tensor) -> Tensor:
+    def dot(u: Tensor, v: Tensor) -> Tensor:
         """Returns inner products, shape `(B,)`."""
-        return torch.mul(a, b, out=scratch).flatten(1).sum(1)
+        return torch.mul(u, v, out=scratch).flatten(1).sum(1)
 
-    x = torch.zeros_like(b) if x0 is None else x0
-    r = b if x0 is None else b - apply(x0)
-    if scratch is not None:  # what is changed from here on is nobody else's
-        x, r = (x if x0 is None else x0.clone()), r.clone()
-    p, rr = (r if scratch is None else r.clone()), dot(r, r)
+    # What is changed from here on is nobody else's.
+    x, r = (torch.zeros_like(b), b.clone()) if x0 is None else (x0.clone(), b - apply(x0))
+    p, rr = r.clone(), dot(r, r)
     # Beyond the precision's end the recursion has nothing left to divide, and would grow again.
     threshold = max(tol, torch.finfo(b.dtype).eps) ** 2 * dot(b, b)
     for _ in range(max_iter):
