@@ -67,7 +67,7 @@ class TestTimeAdaptation(Reconstruction):
             )
         if not isinstance(adaptation, Adaptation):
             raise InputError(f"model.adaptation is {type(adaptation).__name__}, which is no adaptation.")
-        # What adapts asks the prior, too: of several the choice is made here, before the base class sees the sampler alone.
+        # What adapts asks the prior, too, and the base class knows the sampler alone: of several, one is taken here.
         level = max(method.highest_level, adaptation.highest_level)
         if (path := choose_prior(prior, level)) is not None:
             prior = str(path)
