@@ -24,6 +24,7 @@ from invrecon.shared import find_shared
 
 FORMAT = 1
 SUFFIX = ".safetensors"
+WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass
@@ -127,6 +128,13 @@ def load_prior(path: str | Path) -> tuple[Prior, PriorCard]:
             raise InputError(
                 f"The weights in '{path}' are of another architecture than the file states: tensor '{key}' should be "
                 f"{expected.get(key, 'absent')} and is {found.get(key, 'absent')}; export the prior again with "
+                "`invrecon fit`."
+            )
+    for key, value in tensors.items():
+        if value.dtype not in WEIGHT_TYPES:
+            raise InputError(
+                f"Tensor '{key}' in '{path}' is of type {str(value.dtype).removeprefix('torch.')}; expected one of "
+                f"{', '.join(str(kind).removeprefix('torch.') for kind in WEIGHT_TYPES)}: export the prior again with "
                 "`invrecon fit`."
             )
     if not all(torch.isfinite(value).all() for value in tensors.values()):

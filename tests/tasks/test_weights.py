@@ -172,6 +172,16 @@ def test_weights_that_are_not_finite_are_refused(hostile: Callable[..., Path], v
         load_prior(hostile(tensors=tensors))
 
 
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.int32, torch.bool], ids=str)
+def test_weights_of_a_type_that_no_network_computes_in_are_refused(
+    hostile: Callable[..., Path], kind: torch.dtype
+) -> None:
+    tensors = state()
+    tensors["network.stem.weight"] = tensors["network.stem.weight"].to(kind)
+    with pytest.raises(InputError, match=r"'network.stem.weight' .* is of type .*; expected one of float16, .*float64"):
+        load_prior(hostile(tensors=tensors))
+
+
 def test_a_sigma_data_that_cannot_be_is_refused(hostile: Callable[..., Path]) -> None:
     with pytest.raises(InputError, match="sigma_data"):
         load_prior(hostile(tensors={**state(), "sigma_data": torch.tensor(0.0)}))
