@@ -24,7 +24,7 @@ from invrecon.rng import derive_seed, make_generator
 
 Values = dict[str, Any]
 FORMS = "[low, high], [low, high, log], [low, high, int], [low, high, int, log] or {choices: [a, b, ...]}"
-DIGITS = 4  # significant ones of a number that is tried
+DIGITS = 4  # significant ones of a number that is tried, if its range is as wide as a tenth of its ends
 NUM_ATTEMPTS = 100  # to find a point that has not been tried
 
 
@@ -281,7 +281,7 @@ class Search:
             else:
                 point = self.engine.draw(1, dtype=torch.float64)[0].tolist()
             values = {key: domain.value(u) for (key, domain), u in zip(self.space.items(), point, strict=True)}
-            if to_json(values) not in self._seen:
+            if _identity(values) not in self._seen:
                 return values
         return None
 
@@ -289,7 +289,7 @@ class Search:
         """Takes note of a trial; its score, the higher the better, is None if it failed."""
         self.tried.append(values)
         self.scores.append(score)
-        self._seen.add(to_json(values))
+        self._seen.add(_identity(values))
 
     def _near(self, values: Values, generator: torch.Generator) -> list[float]:
         """Returns a point near that of `values`."""
@@ -322,7 +322,14 @@ def _number(key: str, text: Any) -> float:
 
 
 def _rounded(value: float, low: float, high: float) -> float:
-    return min(max(float(f"{value:.{DIGITS}g}"), low), high)
+    share = (high - low) / max(abs(low), abs(high))
+    digits = DIGITS + max(0, math.ceil(-math.log10(share)) - 1)  # of a narrow range no fewer values than of a wide one
+    return min(max(float(f"{value:.{digits}g}"), low), high)
+
+
+def _identity(values: Values) -> str:
+    """Returns a text that equal values share, be a whole number an integer or not."""
+    return to_json({key: float(value) if _is_number(value) else value for key, value in values.items()})
 
 
 def _clamped(u: float) -> float:

@@ -121,9 +121,11 @@ def main(args: list[str], run: Callable[[list[str]], Any]) -> None:
     settings = cli.settings()
     refuse_samples(settings["data"]["init_args"].get("paths"))
     model, method = settings["model"], type(cli.model.method).__name__
-    space = space or default_space(method, noisy=not isinstance(cli.model.noise, NoNoise))
+    assigned = bool(space)
+    space = space or default_space(method, noisy=False)  # a method without one is refused before cases are read
+    cases, noisy = read_cases(cli.datamodule.test_dataloader(), not isinstance(cli.model.noise, NoNoise))
+    space = space if assigned else default_space(method, noisy)
     default = {key: check_default(key, find(model, key), domain) for key, domain in space.items()}
-    cases = hash_cases(cli.datamodule.test_dataloader())
     ranges = {key: domain.describe() for key, domain in space.items()}
     described = {"model": model, "space": ranges, "metric": options.metric, "seed": options.seed}
     weights = [cli.model.weights_sha256]
@@ -145,6 +147,9 @@ def main(args: list[str], run: Callable[[list[str]], Any]) -> None:
     trials = carry_out(search, options.trials, output / "trials.csv", identity, options.metric, try_out)
     if search.best is None:
         raise InputError(f"All {len(trials)} trials failed, the first one so: {trials[0].error}")
+    scores = [trial.score for trial in trials if trial.score is not None]
+    if len(scores) > 1 and len(set(scores)) == 1:
+        print(f"All {len(scores)} trials read the same: nothing of {', '.join(space)} has an effect on these cases.")
     lines = comment(options, method, trials, search.best, ranges, cases)
     tuned = yaml.safe_dump(overrides(model, trials[search.best].values), sort_keys=False)
     with atomic_write(output / "tuned.yaml") as file:
@@ -229,36 +234,55 @@ def check_default(key: str, default: Any, domain: Domain) -> Any:
     return default
 
 
-def hash_cases(batches: Iterable[Any]) -> dict[str, str]:
-    """Returns the SHA-256 of each case's reference, by the case's id.
+def read_cases(batches: Iterable[Any], simulated_noise: bool) -> tuple[dict[str, str], bool]:
+    """Returns the SHA-256 of each case, by its id, and whether the measurements have noise that is known.
+
+    Of a case that is measured by the operator, the reference is all; of one that came with its measurement, that and
+    what is known of it (noise, coils) decide the numbers, too.
+
+    Args:
+        batches: Of the data module.
+        simulated_noise: Whether a case that is measured by the operator gets noise.
 
     Raises:
         InputError: A case has no reference, so that no trial could be judged by it.
     """
-    hashes = {}
+    hashes, noisy = {}, False
     for batch in batches:
         if batch.reference is None:
             raise InputError(
                 f"{batch.source[0]} is a measurement without a reference, by which no trial can be judged: tune on "
                 "volumes, whose measurement is simulated."
             )
-        for name, reference in zip(batch.id, batch.reference, strict=True):
-            hashes[name] = hashlib.sha256(reference.contiguous().numpy().tobytes()).hexdigest()
-    return hashes
+        noisy |= simulated_noise if batch.measurement is None else batch.noise_std is not None
+        for b, name in enumerate(batch.id):
+            digest = hashlib.sha256()
+            for tensor in (batch.reference, batch.measurement, batch.noise_std, batch.maps, batch.mask):
+                if tensor is not None:
+                    digest.update(tensor[b].contiguous().numpy().tobytes())
+            hashes[name] = digest.hexdigest()
+    return hashes, noisy
 
 
 def run_trial(
     run: Callable[[list[str]], Any], args: Sequence[str], folder: Path, metric: str
 ) -> tuple[float | None, str]:
-    """Runs one test in silence; returns the metric's mean, or None and what was wrong."""
+    """Runs one test in silence; returns the metric's mean, or None and what was wrong.
+
+    Raises:
+        InputError: The cases have no such metric.
+    """
     shutil.rmtree(folder / ".parts", ignore_errors=True)  # of a trial that was interrupted, perhaps with other settings
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             run([*args, "--output", str(folder)])
     except (InputError, torch.OutOfMemoryError) as error:
         return None, str(error).splitlines()[0]
-    score = json.loads((folder / "summary.json").read_text()).get(metric, {}).get("mean")
-    return score, "" if score is not None else f"There is no {metric} of these cases."
+    summary = json.loads((folder / "summary.json").read_text())
+    if (score := summary.get(metric, {}).get("mean")) is None:  # nor will another trial have it
+        there = ", ".join(name for name in METRICS if summary.get(name, {}).get("mean") is not None)
+        raise InputError(f"There is no {metric} of these cases, but {there or 'no metric at all'}: set --metric.")
+    return score, ""
 
 
 def carry_out(

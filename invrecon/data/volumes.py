@@ -244,7 +244,7 @@ def _search(folder: Path) -> list[Path]:
 
 
 def _constant_error(volume: Volume, indices: Sequence[int]) -> InputError:
-    value = float(volume.read(indices[0])[0, 0])
+    value = float(volume.read(indices[0]).flatten()[0])
     what = f"slice {indices[0]} is" if len(indices) == 1 else f"all {len(indices)} slices from {indices[0]} on are"
     return InputError(
         f"The image is constant in {volume.path}: {what} {value:g} {volume.units} (or outside the scale) "

@@ -64,7 +64,9 @@ def denoiser_to_deepinv(prior: Prior, seed: int = 0) -> Denoiser:
     return denoiser_class(prior, seed)
 
 
-def from_deepinv(physics: LinearPhysics, image_shape: tuple[int, ...]) -> LinearOperator:
+def from_deepinv(
+    physics: LinearPhysics, image_shape: tuple[int, ...], complex_images: bool | None = None
+) -> LinearOperator:
     """Returns an operator that measures by a linear physics of deepinv.
 
     Pseudo-inverse and proximal map are solved by our CG; `baseline`, the direct reconstruction, is `A_dagger` (filtered
@@ -73,12 +75,14 @@ def from_deepinv(physics: LinearPhysics, image_shape: tuple[int, ...]) -> Linear
     Args:
         physics: `A`; it stays shared.
         image_shape: Shape of one image, `(C, H, W)`.
+        complex_images: Whether the two channels of an image are the parts of complex numbers, whose negative values
+            methods keep; if None, where the physics is one of MRI, or an operator of ours that says so.
 
     Raises:
         InputError: The physics is not linear, does not take such images, measures anything but real tensors, has an
             `A_adjoint` that is no transpose, or noise that is not Gaussian.
     """
-    return DeepinvOperator(physics, image_shape)
+    return DeepinvOperator(physics, image_shape, complex_images)
 
 
 class DeepinvOperator(LinearOperator):
@@ -87,9 +91,12 @@ class DeepinvOperator(LinearOperator):
     Args:
         physics: A `deepinv.physics.LinearPhysics`.
         image_shape: Shape of one image, `(C, H, W)`.
+        complex_images: Whether its two channels are the parts of complex numbers; as the physics says if None.
     """
 
-    def __init__(self, physics: LinearPhysics, image_shape: tuple[int, ...]) -> None:
+    def __init__(
+        self, physics: LinearPhysics, image_shape: tuple[int, ...], complex_images: bool | None = None
+    ) -> None:
         name = type(physics).__name__
         if not isinstance(physics, load_deepinv().physics.LinearPhysics):
             raise InputError(f"{name} is no deepinv.physics.LinearPhysics, and an operator here is linear.")
@@ -99,10 +106,13 @@ class DeepinvOperator(LinearOperator):
         with torch.no_grad():
             y = _measure(physics, x)
             _check_adjoint(physics, x, y)
+        if complex_images and image_shape[0] != 2:
+            raise InputError(f"Complex images have two channels, got image_shape {tuple(image_shape)}.")
         super().__init__(tuple(image_shape), tuple(y.shape[1:]))
         self.physics = physics
         self._anchor = anchor
         self.noise_std = _noise_std(physics)
+        self.complex_images = _has_complex_images(physics, image_shape) if complex_images is None else complex_images
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns `A x`."""
@@ -239,7 +249,8 @@ def _noise_std(physics: Any) -> Tensor | None:
     if isinstance(model, known.ZeroNoise):
         return None
     if isinstance(model, known.GaussianNoise):
-        return model.sigma.reshape(-1)
+        sigma = model.sigma.reshape(-1)
+        return sigma if sigma.any() else None
     raise InputError(
         f"The physics has {type(model).__name__}, and a noise level here is that of Gaussian noise: set its "
         "noise_model to deepinv.physics.ZeroNoise() or GaussianNoise(std)."
@@ -263,13 +274,41 @@ def _measure(physics: Any, x: Tensor) -> Tensor:
     return y
 
 
+def _has_complex_images(physics: Any, image_shape: tuple[int, ...]) -> bool:
+    """Says whether the channels of a physics' images are the parts of complex numbers: it is of MRI, or one of ours."""
+    own = getattr(physics, "operator", None)
+    if isinstance(own, LinearOperator):
+        return own.complex_images
+    known = load_deepinv().physics
+    kinds = tuple(getattr(known, name) for name in ("MRI", "MultiCoilMRI") if hasattr(known, name))
+    return image_shape[0] == 2 and isinstance(physics, kinds)
+
+
 def _check_adjoint(physics: Any, x: Tensor, y: Tensor) -> None:
-    """Raises `InputError` unless `<A x, A x> = <x, A^T A x>`."""
-    square = float(y.double().square().sum())
-    product = float((x.double() * physics.A_adjoint(y).double()).sum())
-    if abs(product - square) > ADJOINT_TOLERANCE * square:
-        raise InputError(
-            f"A_adjoint of {type(physics).__name__} is not the transpose of its A (<x, A^T A x> is {product:.6g}, "
-            f"||A x||^2 is {square:.6g}), and methods here rely on it: mend it, or leave A_adjoint to deepinv's "
-            "adjoint_function."
-        )
+    """Raises `InputError` unless `<A x, v> = <x, A^T v>`, for a `v` that knows nothing of `x`, and for `A x`."""
+    name = type(physics).__name__
+    v = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y)
+    for measurement in (y, v):
+        try:
+            back = physics.A_adjoint(measurement)
+        except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(
+                f"A_adjoint of {name} does not take what its A gives of images of shape {tuple(x.shape[1:])} "
+                f"({reason}): give its image_shape."
+            ) from None
+        if not isinstance(back, Tensor) or back.shape != x.shape:
+            shape = tuple(back.shape[1:]) if isinstance(back, Tensor) else type(back).__name__
+            raise InputError(
+                f"A_adjoint of {name} gives {shape} where A takes images of shape {tuple(x.shape[1:])}: give its "
+                "image_shape, or mend it."
+            )
+        left, right = (y.double() * measurement.double()).sum(), (x.double() * back.double()).sum()
+        # `<A x, v>` may all but vanish: what it could be is the measure of an error.
+        size = y.double().norm() * measurement.double().norm()
+        if not (left - right).abs() <= ADJOINT_TOLERANCE * size:  # nor if one of them is NaN
+            raise InputError(
+                f"A_adjoint of {name} is not the transpose of its A (<A x, v> is {float(left):.6g}, <x, A^T v> is "
+                f"{float(right):.6g}, up to {float(size):.6g} in size), and methods here rely on it: mend it, or leave "
+                "A_adjoint to deepinv's adjoint_function."
+            )

@@ -78,7 +78,7 @@ class Reconstruction(lightning.LightningModule):
         method: Turns `y` into `x`.
         noise: Noise of simulated measurements; none by default.
         prior: A prior file, or the bare name of a shipped one; or a list of them, of which the first is taken that was
-            trained up to the method's highest noise level. None for methods without a prior.
+            trained up to the method's highest noise level. Methods without a prior leave it unread.
         precision: Of the prior's network: `32`, `bf16`, `16`, or `auto` for bfloat16 where the hardware has it and
             float32 elsewhere. State and operators are float32 always.
         seed: Of noise and sampling.
@@ -124,7 +124,8 @@ class Reconstruction(lightning.LightningModule):
         self.layout, self.mirror = layout, mirror
         if layout is not None and prior is None:
             raise InputError(f"model.layout is {type(layout).__name__}, but no model.prior is set: give a patch prior.")
-        if (path := choose_prior(prior, method.highest_level)) is not None:
+        # A configuration's prior stays behind when its method is replaced by one that asks none.
+        if method.needs_prior and (path := choose_prior(prior, method.highest_level)) is not None:
             self.prior, self.card = load_prior(path)
             self.prior = self.prior if layout is None else lay_out(self.prior, layout)
             self.prior.denoiser.precision = precision  # type: ignore[union-attr]

@@ -35,6 +35,7 @@ from invrecon.priors.weights import read_card, save_prior
 from invrecon.shared import find_shared
 from invrecon.tasks.adaptation import TestTimeAdaptation
 from invrecon.tasks.priors import choose_prior, covers, name_prior
+from invrecon.tasks.reconstruction import Reconstruction
 from tests.cli.tiny import files_in, reconstruct
 
 
@@ -96,6 +97,14 @@ def test_the_first_prior_that_knows_the_levels_is_taken(library: Path, tmp_path:
     with pytest.raises(InputError, match=r"no weights file 'nowhere'"):
         choose_prior([str(low), "nowhere"], 0.1)
     assert name_prior(low) == "low" and name_prior(tmp_path / "mine" / "prior.safetensors") == "mine/prior"
+
+
+def test_a_method_without_a_prior_has_none_though_one_is_named(library: Path) -> None:
+    """The configuration's stays behind, unread, when `--model.method` replaces its own: no report speaks of it."""
+    for method in (FBP(), DIP()):
+        task = Reconstruction(ParallelBeamCT(32, 12, 48), method, prior=str(library / "patch.safetensors"), mirror=True)
+        assert task.prior is task.card is task.prior_name is task.weights_sha256 is None
+        assert task.describe()["prior"] == "none"
 
 
 def test_the_highest_level_is_that_at_which_the_prior_is_asked(library: Path) -> None:

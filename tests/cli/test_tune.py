@@ -10,13 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 import invrecon.methods
+from invrecon.data.cases import CaseBatch
 from invrecon.data.measurement import write_measurement
 from invrecon.errors import InputError
 from invrecon.methods import Estimate, Method
@@ -34,7 +37,7 @@ from invrecon.search import (
     default_space,
     parse_domain,
 )
-from invrecon.tune import check_default, find, overrides
+from invrecon.tune import check_default, find, overrides, read_cases
 from tests.cli.tiny import QUIET, SIZE, files_in, reconstruct
 
 GAIN = ("--search", "method.gain: [0.3, 1.3]")
@@ -197,6 +200,38 @@ def test_without_a_search_space_the_methods_own_is_taken(
     assert cli.model.method.num_iterations == 25 and cli.model.operator.num_views == 12
 
 
+def test_a_metric_that_the_cases_lack_ends_the_search_at_once(tune: Callable[..., Any], tmp_path: Path) -> None:
+    rgb = ("--data=ImageData", "--data.size=32", "--model.operator.num_channels=3")
+    image = tmp_path / "image.png"
+    Image.fromarray(numpy.arange(3 * SIZE**2).astype(numpy.uint8).reshape(SIZE, SIZE, 3)).save(image)
+    refused(
+        lambda: tune(*GAIN, "--metric=psnr_body", *rgb, f"--data.paths={image}", "--data.slices=null"),
+        "There is no psnr_body of these cases, but psnr, ssim: set --metric",
+    )
+    assert len((tmp_path / "log.txt").read_text().split()) == 1
+
+
+def test_a_search_of_what_has_no_effect_says_so(tune: Callable[..., Any], capsys: pytest.CaptureFixture[str]) -> None:
+    tune("--search", "method.power: [1, 9, int]", "--trials=3")
+    assert "All 3 trials read the same: nothing of method.power has an effect" in capsys.readouterr().out
+
+
+def test_cases_that_came_with_their_measurement_are_known_by_it() -> None:
+    """Another noise level, other coils: another problem; whether there is noise is theirs to say."""
+
+    def case(**others: Any) -> CaseBatch:
+        y = torch.ones(1, 2, 8)
+        return CaseBatch(["a/0000"], ["a"], ["a.h5"], [0], torch.ones(1, 2, 4, 4), measurement=y, **others)
+
+    plain, noisy = read_cases([case()], True), read_cases([case(noise_std=torch.tensor([0.1]))], False)
+    other, maps = (
+        read_cases([case(noise_std=torch.tensor([0.2]))], False),
+        read_cases([case(maps=torch.ones(1, 3))], True),
+    )
+    assert [known for _, known in (plain, noisy, other, maps)] == [False, True, True, False]
+    assert len({hashes["a/0000"] for hashes, _ in (plain, noisy, other, maps)}) == 4
+
+
 def test_samples_are_no_validation_cases(invrecon: Callable[..., Any], tmp_path: Path) -> None:
     args = ["tune", "--config", "tv_ct.yaml", "--output", str(tmp_path / "out"), *QUIET]
     refused(lambda: invrecon(args), "'lung2_sample.h5', a shipped sample.*--data.paths")
@@ -340,6 +375,15 @@ PLANE = {"a": Uniform(0.0, 1.0), "b": LogUniform(1e-4, 1.0)}
 
 def hill(values: Any) -> float:
     return -((values["a"] - 0.3) ** 2) - (math.log10(values["b"] / 1e-2) / 4) ** 2
+
+
+def test_narrow_ranges_have_values_too() -> None:
+    """Rounding leaves a hundred values of any range at least, and none is tried twice, whole or not."""
+    for text in ([1.0001, 1.0004], [0.99991, 0.99999, "log"], [10000, 10004], [-3.00002, -3.00001]):
+        domain = parse_domain("key", text)
+        assert len({domain.value(u / 1000) for u in range(1001)}) >= 100
+    tried = searched(20, {"a": parse_domain("a", [10000, 10004])}, lambda v: v["a"], {"a": 10000}).tried
+    assert len({float(values["a"]) for values in tried}) == 20
 
 
 def test_a_search_begins_with_the_default_and_continues_shorter_ones() -> None:

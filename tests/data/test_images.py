@@ -145,6 +145,12 @@ def test_floats_of_another_range_are_refused(tmp_path: Path) -> None:
         ImageData(str(tmp_path / "x.h5"), size=SIZE).setup()
 
 
+def test_an_image_of_one_colour_is_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((SIZE, SIZE, 3), 9, np.uint8)).save(tmp_path / "blank.png")
+    with pytest.raises(InputError, match=r"The image is constant in .*: slice 0 is 9 8 bit"):
+        ImageData(str(tmp_path / "blank.png"), size=SIZE).setup()
+
+
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no colour image"):
         ImageData(str(tmp_path), size=SIZE).setup()

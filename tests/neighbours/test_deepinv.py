@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from invrecon.errors import InputError
+from invrecon.methods import FBP
 from invrecon.neighbours import deepinv as neighbour
 from invrecon.neighbours import denoiser_to_deepinv, from_deepinv, to_deepinv
 from invrecon.operators import GaussianBlur, Identity, LinearOperator, ParallelBeamCT
@@ -84,6 +85,10 @@ def stand_in() -> dict[str, ModuleType]:
         def A_dagger(self, y: Tensor, **others: Any) -> Tensor:
             return self.A_adjoint(y, **others)
 
+    class MRI(LinearPhysics):
+        def __init__(self, mask: Tensor, img_size: Any) -> None:
+            super().__init__(lambda x, **others: mask * x, lambda y, **others: mask * y, img_size)
+
     class Denoiser(nn.Module):
         def __init__(self, device: str = "cpu") -> None:
             super().__init__()
@@ -92,7 +97,7 @@ def stand_in() -> dict[str, ModuleType]:
     modules = {name: ModuleType(name) for name in ("deepinv", "deepinv.physics", "deepinv.models")}
     root, physics, models = modules.values()
     root.physics, root.models = physics, models  # type: ignore[attr-defined]
-    for kind in (ZeroNoise, GaussianNoise, PoissonNoise, Physics, LinearPhysics):
+    for kind in (ZeroNoise, GaussianNoise, PoissonNoise, Physics, LinearPhysics, MRI):
         setattr(physics, kind.__name__, kind)
     models.Denoiser = Denoiser  # type: ignore[attr-defined]
     return modules
@@ -281,6 +286,30 @@ def test_an_operator_of_their_physics(deepinv: Any) -> None:
     assert operator.double()(x.double()).dtype == torch.float64
 
 
+def test_complex_images_stay_so(deepinv: Any) -> None:
+    """Two channels of MRI are parts of complex numbers, half of which are negative: methods must not clip them."""
+    mask = (torch.rand(SIZE, SIZE, generator=torch.Generator().manual_seed(0)) < 0.6).float()
+    theirs = deepinv.physics.MRI(mask=mask, img_size=(2, SIZE, SIZE))
+    assert from_deepinv(theirs, (2, SIZE, SIZE)).complex_images
+    assert not from_deepinv(theirs, (2, SIZE, SIZE), complex_images=False).complex_images
+    ours = Identity((SIZE, SIZE), 2)
+    assert not from_deepinv(to_deepinv(ours), ours.image_shape).complex_images
+    ours.complex_images = True
+    back = from_deepinv(to_deepinv(ours), ours.image_shape)
+    x = image(ours) - 0.5
+    assert back.complex_images and torch.equal(FBP(clip=None)(back(x), back).mean, x)
+    with pytest.raises(InputError, match="clip"):
+        FBP()(back(x), back)
+    with pytest.raises(InputError, match="Complex images have two channels"):
+        from_deepinv(to_deepinv(Identity((SIZE, SIZE), 1)), (1, SIZE, SIZE), complex_images=True)
+
+
+def test_no_noise_is_none(deepinv: Any) -> None:
+    physics = to_deepinv(Identity((4, 4), 1))
+    physics.noise_model = deepinv.physics.GaussianNoise(0.0)
+    assert from_deepinv(physics, (1, 4, 4)).noise_std is None
+
+
 def test_what_is_no_operator_is_explained(deepinv: Any) -> None:
     p = deepinv.physics
 
@@ -293,6 +322,10 @@ def test_what_is_no_operator_is_explained(deepinv: Any) -> None:
     for physics, message in (
         (p.Physics(A=same), "Physics is no deepinv.physics.LinearPhysics"),
         (linear(lambda x, **others: 2 * x), "not the transpose"),
+        (linear(same, lambda y, **others: y + y.roll(1, -1) - y.roll(-1, -1)), "not the transpose"),  # <x, K x> = 0
+        (linear(lambda x, **others: float("nan") * x), "not the transpose"),
+        (linear(same, lambda y, **others: y[..., :2]), r"gives \(1, 4, 2\) where A takes .* \(1, 4, 4\)"),
+        (linear(same, lambda y, **others: y.reshape(1, 5)), r"A_adjoint .* does not take .* give its image_shape"),
         (linear(lambda x, **others: x.to(torch.complex64)), "complex64.*two real channels"),
         (linear(lambda x, **others: [x, x]), "measures list"),
         (linear(lambda x, **others: x.reshape(1, 5)), r"does not measure images of shape \(1, 4, 4\)"),

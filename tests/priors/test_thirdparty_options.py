@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from invrecon.cli import main
 from invrecon.data.intensity import HOUNSFIELD, MAGNITUDE, RGB, Intensity
 from invrecon.errors import InputError
-from invrecon.methods import FBP, ProximalDiffusion
+from invrecon.methods import ProximalDiffusion
 from invrecon.operators import GaussianBlur, ParallelBeamCT
 from invrecon.priors.thirdparty.channels import Channels
 from invrecon.priors.thirdparty.convert import convert
@@ -69,10 +69,10 @@ def test_a_prior_of_another_scale_says_how_to_import_it_again(command: Callable[
     operator = ParallelBeamCT(size=SIZE, num_views=4, num_bins=24)
     for scale in (HOUNSFIELD, MAGNITUDE, RGB):
         with pytest.raises(InputError) as refused:
-            set_up(Reconstruction(operator=operator, method=FBP(), prior=str(prior)), scale)
+            set_up(Reconstruction(operator=operator, method=ProximalDiffusion(), prior=str(prior)), scale)
         assert f"import it again with {as_option(scale)}" in str(refused.value)
     prior = command("guided-diffusion", config, *GUIDED_ARGS, "--intensity", "-1000", "3000", "HU")
-    set_up(Reconstruction(operator=operator, method=FBP(), prior=str(prior)), HOUNSFIELD)
+    set_up(Reconstruction(operator=operator, method=ProximalDiffusion(), prior=str(prior)), HOUNSFIELD)
 
 
 @pytest.mark.parametrize("scale", [HOUNSFIELD, MAGNITUDE, RGB], ids=lambda scale: scale.units)

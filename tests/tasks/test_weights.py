@@ -254,12 +254,12 @@ def test_a_hostile_safetensors_header_is_refused(tmp_path: Path, header: bytes) 
 
 
 def test_another_intensity_scale_is_refused(prior_file: Path) -> None:
-    from invrecon.methods import FBP
+    from invrecon.methods import ProximalDiffusion
     from invrecon.operators.ct import ParallelBeamCT
     from invrecon.tasks.reconstruction import Reconstruction
 
     operator = ParallelBeamCT(size=16, num_views=4, num_bins=24)
-    task = Reconstruction(operator=operator, method=FBP(), prior=str(prior_file))
+    task = Reconstruction(operator=operator, method=ProximalDiffusion(), prior=str(prior_file))
     for intensity, accepted in ((Intensity(), True), (Intensity(-1024.0, 4095.0), False)):
         task._trainer = SimpleNamespace(datamodule=SimpleNamespace(intensity=intensity, size=16))
         if accepted:
