@@ -120,7 +120,7 @@ class PredictionStore:
         for path in self._part_paths():
             try:
                 found = read_attributes(path, "fingerprint", "input")
-            except (OSError, KeyError):  # a damaged part is simply computed again
+            except (OSError, KeyError):  # a damaged part is simply computed again: see `remove_damaged`
                 continue
             self._check(path, path.parent.name, found, fingerprint)
             ids.add(_id_of(path))
@@ -130,6 +130,14 @@ class PredictionStore:
                 self._check(path, path.stem, found, fingerprint)
                 ids.update(f"{path.stem}/{index:04d}" for index in file["slices"][:].tolist())
         return ids
+
+    def remove_damaged(self) -> None:
+        """Removes parts that cannot be opened, asked for or not; one process, once all have asked `completed`."""
+        for path in self._part_paths():
+            try:
+                read_attributes(path, "fingerprint", "input", "row")
+            except (OSError, KeyError):
+                path.unlink(missing_ok=True)
 
     def save(
         self,

@@ -77,6 +77,8 @@ class ResultWriter(lightning.Callback):
         kept = self.store.volume_ids() if stage == "predict" else set()
         trainer.strategy.barrier("completed")  # nobody writes before everybody has looked
         if stage == "predict":
+            if trainer.is_global_zero:
+                self.store.remove_damaged()
             data.skip_ids, data.whole_batches = done, pl_module.pool
             ids = data.case_ids()
             if (num := len(done.intersection(ids))) and trainer.is_global_zero:
@@ -193,7 +195,8 @@ class ResultWriter(lightning.Callback):
             print(f"Nothing is new in {self.output}: report.html and figures are as they were.")
             return
         summary = write_metrics(self.output, rows)
-        parts = [self.store.read(name) for name in self.store.ids() if name in self.drawn]
+        ids = [name for name in self.store.ids() if name in self.drawn or self._figure(name).exists()]  # also earlier
+        parts = [self.store.read(name) for name in ids]
         for part in parts:
             if not self._figure(part.id).exists():
                 self._draw(part, pl_module, trainer.datamodule.intensity)  # type: ignore[attr-defined]
@@ -219,10 +222,17 @@ class ResultWriter(lightning.Callback):
         path = self.output / "volumes.csv"
         if trainer.datamodule.intensity.units != MAGNITUDE.units:
             return ""
-        rows = volume_rows(self.store, {str(row["case"]): row for row in read_csv(path)})
+        earlier = {str(row["case"]): row for row in read_csv(path)}
+        rows = volume_rows(self.store, earlier)
+        lost = ", ".join(sorted(earlier.keys() - {row["case"] for row in rows}))
+        if lost:
+            lost = (
+                f"volumes.csv leaves out {lost}: of its slices that were there before no reference is kept. For metrics "
+                "of the volume reconstruct all slices in one run, in another --output.\n"
+            )
         if not rows:
             path.unlink(missing_ok=True)
-            return ""
+            return lost
         names = [name for name in VOLUME_METRICS if all(name in row for row in rows)]
         write_csv(path, rows)
         means = {name: fmean(float(row[name]) for row in rows) for name in names}
@@ -232,7 +242,7 @@ class ResultWriter(lightning.Callback):
         lines = [f"{what}: " + _volume_line(means, "")]
         if "nmse_stored" in means:
             lines.append("against the root sums of squares that the files state: " + _volume_line(means, "_stored"))
-        return "\n".join(lines) + "\n"
+        return "\n".join(lines) + "\n" + lost
 
     def _figure(self, name: str, what: str = "") -> Path:
         case, index = name.rsplit("/", 1)

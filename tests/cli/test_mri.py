@@ -223,8 +223,7 @@ def test_what_is_known_of_a_volume_is_kept(
 ) -> None:
     """A volume on disk has no reference any more: its row stays as long as no slice is added to it."""
     out = tmp_path / "out"
-    command = arguments("predict", "zero_filled_mri", scans, out, "--model.num_figures=0")
-    first = [arg if not arg.startswith("--data.slices") else "--data.slices=0" for arg in command]
+    first = [*arguments("predict", "zero_filled_mri", scans, out, "--model.num_figures=0"), "--data.slices=0"]
     invrecon(first)
     texts = [(out / name).read_text() for name in ("volumes.csv", "summary.json")]
     invrecon(first)
@@ -232,6 +231,19 @@ def test_what_is_known_of_a_volume_is_kept(
     (out / "report.html").unlink()  # as if the power had gone before it was written
     invrecon(first)
     assert texts == [(out / name).read_text() for name in ("volumes.csv", "summary.json")]
+
+
+def test_a_volume_that_slices_are_added_to_loses_its_row_with_a_word(
+    scans: Path, tmp_path: Path, invrecon: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = arguments("predict", "zero_filled_mri", scans, out, "--model.num_figures=0")
+    invrecon([*command, "--data.slices=0"])
+    assert "volumes" in json.loads((out / "summary.json").read_text())
+    capsys.readouterr()
+    invrecon([*command, "--data.slices=0:2"])
+    assert "volumes.csv leaves out brain: of its slices that were there" in capsys.readouterr().out
+    assert not (out / "volumes.csv").exists() and "volumes" not in json.loads((out / "summary.json").read_text())
 
 
 def test_the_page_speaks_of_magnitudes(result: Path) -> None:

@@ -175,6 +175,28 @@ def test_figures_of_added_slices_have_their_reference(
     assert "a, slice 2, " in page and page.count('data-label="Reference"') == 2
 
 
+def test_figures_of_earlier_slices_stay_on_the_page(
+    invrecon: Callable[..., Any], command: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for slices in ("0", "2"):
+        invrecon([*command, f"--data.slices={slices}", "--model.num_figures=1"])
+    assert files_in(out / "figures") == {f"{name}_000{n}.png" for name in "ab" for n in (0, 2)}
+    page = (out / "report.html").read_text()
+    assert all(f"{name}, slice {n}" in page for name in "ab" for n in (0, 2))
+
+
+def test_a_damaged_part_of_a_slice_not_asked_for_ends_nothing(
+    invrecon: Callable[..., Any], command: list[str], tmp_path: Path
+) -> None:
+    """The power went while another slice was written: the run leaves it to the next one that asks for it."""
+    part = tmp_path / "out" / ".parts" / "a" / "0002.h5"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"\x89HDF\r\n\x1a\n")
+    invrecon([*command, "--data.slices=0"])
+    assert read(tmp_path / "out" / "a.h5", "slices").tolist() == [0]
+
+
 def test_files_are_added(
     invrecon: Callable[..., Any], command: list[str], library: Path, log: Path, tmp_path: Path
 ) -> None:
