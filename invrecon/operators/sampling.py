@@ -57,15 +57,20 @@ class LineSampling(Sampling):
     Source: Zbontar et al., fastMRI, arXiv 1811.08839, Sec. 6.3; the challenges use (4, 0.08) and (8, 0.04).
 
     Args:
-        acceleration: Aimed at, the ACS included; see `achieved_acceleration`.
+        acceleration: Aimed at, the ACS included, a whole number; see `achieved_acceleration`.
         center_fraction: Share of the columns that the ACS takes.
 
     Raises:
-        InputError: An ACS that is more than what may be measured.
+        InputError: An acceleration that is no whole number, or an ACS that is more than what may be measured.
     """
 
     def __init__(self, acceleration: int = 4, center_fraction: float = 0.08) -> None:
         super().__init__(acceleration)
+        if self.acceleration != round(self.acceleration):
+            raise InputError(
+                f"{type(self).__name__}: acceleration is {acceleration:g}, and patterns of lines have whole numbers; "
+                "PolynomialSampling and PoissonDiscSampling take any."
+            )
         if not 0 < center_fraction < 1 / acceleration:
             raise InputError(
                 f"{type(self).__name__}: center_fraction must lie between 0 and 1 / acceleration = "
@@ -112,7 +117,7 @@ class EquispacedLines(LineSampling):
     The brain challenge's (`equispaced_fraction`).
 
     Args:
-        acceleration: To within a column.
+        acceleration: To within two columns of the number that it stands for.
         center_fraction: As in `LineSampling`.
     """
 
@@ -128,7 +133,7 @@ class MagicLines(LineSampling):
     Source: Defazio, "Offset sampling improves deep learning based accelerated MRI", arXiv 1912.01101.
 
     Args:
-        acceleration: The outer distance is rounded to whole columns, so the achieved one may be off by a fifth.
+        acceleration: The outer distance is rounded to whole columns, so the achieved one may be off by a quarter.
         center_fraction: As in `LineSampling`.
     """
 
@@ -148,14 +153,17 @@ class PointSampling(Sampling):
         acs: Side of the central block in samples, or (rows, columns); 0 for none.
 
     Raises:
-        InputError: A negative block.
+        InputError: A block that is none.
     """
 
     def __init__(self, acceleration: float, acs: int | tuple[int, int]) -> None:
         super().__init__(acceleration)
-        self.acs = (acs, acs) if isinstance(acs, int) else (acs[0], acs[1])
-        if min(self.acs) < 0:
-            raise InputError(f"{type(self).__name__}: acs must not be negative, got {self.acs}.")
+        sides = (acs, acs) if isinstance(acs, int) else acs
+        if not isinstance(sides, tuple | list) or len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+            raise InputError(f"{type(self).__name__}: acs is {acs}, expected a whole number or (rows, columns).")
+        if min(sides) < 0:
+            raise InputError(f"{type(self).__name__}: acs must not be negative, got {tuple(sides)}.")
+        self.acs = (sides[0], sides[1])
 
     def __call__(self, size: Size, generator: torch.Generator) -> Tensor:
         """Returns a mask `(H, W)` of exactly `round(H W / acceleration)` samples."""

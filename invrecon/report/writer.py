@@ -19,6 +19,7 @@ from torch import Tensor
 from invrecon.data.intensity import MAGNITUDE, Intensity
 from invrecon.data.reconstruction import case_id
 from invrecon.data.volume import file_stem
+from invrecon.errors import InputError
 from invrecon.files import atomic_write, read_csv, write_csv, write_json
 from invrecon.metrics.summary import ADAPTATION_METRICS, METRICS, format_table, summarise
 from invrecon.report.adaptation import adaptation_figure, describe_trace, encode_trace, is_fit, step_images
@@ -227,8 +228,8 @@ class ResultWriter(lightning.Callback):
         lost = ", ".join(sorted(earlier.keys() - {row["case"] for row in rows}))
         if lost:
             lost = (
-                f"volumes.csv leaves out {lost}: of its slices that were there before no reference is kept. For metrics "
-                "of the volume reconstruct all slices in one run, in another --output.\n"
+                f"volumes.csv leaves out {lost}: of its slices that were there before no reference is kept. For "
+                "metrics of the volume reconstruct all slices in one run, in another --output.\n"
             )
         if not rows:
             path.unlink(missing_ok=True)
@@ -368,9 +369,16 @@ def patient_group() -> dist.ProcessGroup | None:
 
 
 def wait_for_all(ranks: dist.ProcessGroup | None) -> None:
-    """Returns once every rank has come here."""
+    """Returns once every rank has come here.
+
+    Raises:
+        InputError: Another rank has failed, and said why.
+    """
     if ranks is not None:
-        dist.barrier(group=ranks)
+        try:
+            dist.barrier(group=ranks)
+        except RuntimeError:  # of the connection, which that rank has closed
+            raise InputError("Another process of this run has failed: its message says why.") from None
 
 
 def _scale(batch: Any, b: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,7 @@ from invrecon.priors.thirdparty.channels import Channels
 from invrecon.priors.thirdparty.convert import convert
 from invrecon.priors.thirdparty.options import as_option
 from invrecon.priors.thirdparty.sources import Source
+from invrecon.priors.weights import read_card
 from invrecon.tasks.reconstruction import Reconstruction
 from tests.priors.foreign import GUIDED, SIZE, SONG, foreign, network, options
 
@@ -77,12 +79,13 @@ def test_a_prior_of_another_scale_says_how_to_import_it_again(command: Callable[
 
 @pytest.mark.parametrize("scale", [HOUNSFIELD, MAGNITUDE, RGB], ids=lambda scale: scale.units)
 def test_a_scale_is_printed_as_one_types_it(scale: Intensity, command: Callable[..., Path]) -> None:
-    import shlex
-
-    from invrecon.priors.weights import read_card
-
     prior = command("song", SONG, *shlex.split(as_option(scale)))
     assert read_card(prior).intensity == asdict(scale)
+
+
+def test_negative_numbers_may_have_an_exponent(command: Callable[..., Path]) -> None:
+    prior = command("song", SONG, "--intensity", "-1e3", "3.0e+3", "HU", "--data-range", "-1e0", "1")
+    assert read_card(prior).intensity == asdict(HOUNSFIELD)
 
 
 @pytest.mark.parametrize(

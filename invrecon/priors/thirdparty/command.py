@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import shlex
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,6 +39,8 @@ def _parser() -> _Parser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    # argparse takes a negative number with an exponent for an option, and offers no setting for it.
+    parser._negative_number_matcher = re.compile(r"^-(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$")
     add = parser.add_argument
     add("source", type=Path, metavar="SOURCE", help="weights of a guided-diffusion, EDM or PaDIS network")
     add(
