@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from invrecon.errors import InputError
+from invrecon.methods import FBP, Estimate
 from tests.cli.tiny import ROOT, environment, files_in, learn, process, read, reconstruct, witness
 
 MEASURED = {"seconds", "peak_memory_mb"}
@@ -120,3 +123,24 @@ def test_two_nodes_by_torchrun_train_one_prior(library: Path, tmp_path: Path) ->
     card = (tmp_path / "run" / "prior.md").read_text()
     assert "| steps | 4 |" in card
     assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "run" / "prior.safetensors").values())
+
+
+class Fails(FBP):
+    """Fails on every rank but the first."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Estimate:
+        """Returns filtered back-projection, or nothing."""
+        if os.environ["RANK"] != "0":
+            raise InputError("it diverged")
+        return super().__call__(*args, **kwargs)
+
+
+def test_a_rank_that_fails_ends_the_others_with_a_sentence(library: Path, tmp_path: Path) -> None:
+    """Slices that the others have finished are kept."""
+    more = ("--model.method=tests.cli.test_ranks.Fails", "--data.batch_size=1", "--model.num_figures=0")
+    args = reconstruct("predict", "fbp_ct.yaml", library / "scans", tmp_path / "out", *more)
+    result = process(ROOT / "tests" / "cli" / "ranks.py", json.dumps([(2, args)]), cwd=tmp_path)
+    assert result.returncode != 0
+    assert "rank 1: InputError: it diverged" in result.stderr
+    assert "rank 0: InputError: Another process of this run has failed" in result.stderr
+    assert len(list((tmp_path / "out" / ".parts").glob("*/*.h5"))) == 5
