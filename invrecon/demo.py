@@ -9,6 +9,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from invrecon.allocator import keep_freed_memory
 from invrecon.data.cases import CaseBatch
+from invrecon.data.intensity import HOUNSFIELD
 from invrecon.data.reconstruction import ReconstructionData
 from invrecon.errors import InputError
 from invrecon.files import write_csv, write_json
@@ -123,6 +125,8 @@ def run(output: Path, prior_name: str, slices: str) -> dict[str, Any]:
     from invrecon.report.html import Comparison, Figure
 
     path, prior, card = open_prior(prior_name)
+    if card.intensity != asdict(HOUNSFIELD) or card.network["image_channels"] != 1:
+        raise InputError(f"'{path}' is not a prior of CT images: give one that patch_ct.yaml has trained.")
     data = ReconstructionData("lung2_sample.h5", slices=slices)
     batch = one_batch(data)
     x = batch.reference

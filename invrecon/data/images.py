@@ -6,6 +6,7 @@ literature.
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from invrecon.data.augmentation import Augmentation
 from invrecon.data.hdf5 import HDF5_SUFFIXES, brief, list_datasets, open_hdf5, text_of
 from invrecon.data.intensity import RGB
 from invrecon.data.training import PriorTraining, held_out_names
-from invrecon.data.volume import Volume, suffix_of
+from invrecon.data.volume import Volume, is_hidden, suffix_of
 from invrecon.errors import InputError
 from invrecon.rng import make_generator
 
@@ -182,9 +183,9 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
         if not path.is_dir():
             found[path] = None
             continue
-        folders = [path, *sorted(entry for entry in path.rglob("*") if entry.is_dir())]
-        inside = [folder for folder in folders if image_files(folder)]
-        inside += sorted(file for file in path.rglob("*") if file.is_file() and suffix_of(file) in HDF5_SUFFIXES)
+        entries = sorted(entry for entry in path.rglob("*") if not is_hidden(entry, path))
+        inside = [folder for folder in [path, *entries] if folder.is_dir() and image_files(folder)]
+        inside += [file for file in entries if file.is_file() and suffix_of(file) in HDF5_SUFFIXES]
         if not inside:
             raise InputError(
                 f"The folder {path} holds no colour image; expected {', '.join(IMAGE_SUFFIXES)} or HDF5 files."
@@ -273,6 +274,11 @@ class ImageTraining(PriorTraining):
         stacks = [open_images(path, self.size, dataset=self.dataset) for path in find_images(list(map(Path, paths)))]
         places = [(stack, index, _name(stack, index)) for stack in stacks for index in range(len(stack))]
         names = [name for *_, name in places]
+        if len(set(names)) < len(names):  # `scene_01/image.png`: the folder tells them apart
+            root = Path(os.path.commonpath([stack.path.resolve() for stack in stacks]))
+            folders = [stack.path.resolve().relative_to(root).as_posix() for stack, *_ in places]
+            names = [f"{folder}/{name}" for folder, name in zip(folders, names, strict=True)]
+            places = [(stack, index, name) for (stack, index, _), name in zip(places, names, strict=True)]
         held_out = held_out_names(names, self.validation, max(1, len(names) // 10), self.paths)
         crops: dict[bool, list[Tensor]] = {True: [], False: []}
         for stack, index, name in places:

@@ -25,7 +25,7 @@ from invrecon.data.kspace import (
 from invrecon.data.kspace_files import ARRAY_SUFFIXES, RAW_SUFFIX, is_kspace, open_kspace
 from invrecon.data.reconstruction import ReconstructionData, case_id, resolve_paths
 from invrecon.data.training import PriorTraining, distinct_names, held_out_names
-from invrecon.data.volume import Volume, suffix_of
+from invrecon.data.volume import Volume, is_hidden, suffix_of
 from invrecon.data.volumes import find_volumes, open_volume
 from invrecon.errors import InputError
 from invrecon.operators.coils import (
@@ -125,11 +125,15 @@ class MRIData(ReconstructionData):
 
     def _check(self, file: Any, indices: list[int]) -> None:
         """Reads the selected slices and makes the first case, whose maps and mask may fail, too."""
-        lacking = []
+        lacking, signal = [], isinstance(file, KSpace)
         for index in indices:
             values = file.read(index)
+            signal = signal or bool((values > 0).any())
             if isinstance(file, KSpace) and (what := file.lacking(index, values[1])):
                 lacking.append((what, values[1]))
+        if not signal:
+            slices = f"slice {indices[0]} is" if len(indices) == 1 else f"all {len(indices)} slices asked for are"
+            raise InputError(f"There is no signal in {file.path}: {slices} zero throughout. Select others.")
         if lacking:
             what, mask = lacking[0]
             self._unjudged = self._unjudged or f"{file.path} is {what}"
@@ -298,12 +302,31 @@ class MRITraining(PriorTraining):
         """Reads every volume, splits off the validation images and draws the phases."""
         files = find_volumes(resolve_paths(self.paths))
         names = distinct_names(files)
-        held_out = held_out_names(names, self.validation, 1, self.paths)
+        held_out = self._held_out(names, [set(open_magnitudes(path, self.dataset).patients) for path in files])
         images: dict[bool, list[Tensor]] = {True: [], False: []}
         for name, path in zip(names, files, strict=True):
             images[name in held_out].append(self._read(path))
         self.train_names = [name for name in names if name not in held_out]
         return torch.cat(images[False]), torch.cat(images[True]), Tensor.float
+
+    def _held_out(self, names: list[str], patients: list[set[str]]) -> set[str]:
+        """Returns which files validate, all of a patient: those asked for, or the last patient's."""
+        held_out = held_out_names(names, self.validation, 1, self.paths)
+        theirs = set().union(*(who for name, who in zip(names, patients, strict=True) if name in held_out))
+        shared = {name for name, who in zip(names, patients, strict=True) if who & theirs} - held_out
+        if self.validation and shared:
+            raise InputError(
+                f"data.validation {self.validation} holds patients of {', '.join(sorted(shared)[:3])}, too, on which "
+                "data.paths train: keep all files of a patient on one side."
+            )
+        if shared | held_out == set(names) and shared:
+            warnings.warn(
+                f"Training and validating on one patient: {', '.join(sorted(held_out))} validates, but scans of a "
+                "patient are alike. Give several patients with data.paths.",
+                stacklevel=4,
+            )
+            return held_out
+        return held_out | shared
 
     def _read(self, path: Path) -> Tensor:
         """Returns the slices of a volume that have signal, `(num_phases N, 2, size, size)`, half."""
@@ -344,7 +367,8 @@ def magnitude_of(volume: Volume, index: int) -> Tensor:
     """
     values = volume.read(index)
     low, high = float(values.amin()), float(values.amax())
-    if low < -0.1 * max(high, 0):  # resampling leaves a few small ones, which are cut
+    # Resampling leaves a few small ones, which are cut; small beside the volume, as a slice may be of air.
+    if low < -0.1 * max(high, 0) and low < -0.1 * max(float(volume.read(i).amax()) for i in range(len(volume))):
         raise InputError(
             f"Slice {index} of {volume.path} reaches from {low:g} to {high:g}, expected magnitudes >= 0: is it CT or a "
             "phase image?"
@@ -379,6 +403,7 @@ def find_mri(paths: list[Path]) -> list[Path]:
         arrays = []
         if path.is_dir():
             arrays = sorted(file for file in path.rglob("*") if suffix_of(file) in (*ARRAY_SUFFIXES, RAW_SUFFIX))
+            arrays = [file for file in arrays if not is_hidden(file, path)]
         found.update(dict.fromkeys(arrays))
         try:
             found.update(dict.fromkeys(find_volumes(path)))

@@ -262,11 +262,12 @@ class CTTraining(PriorTraining):
                 else f"There is no CT volume in data.paths {self.paths}: only measurement files."
             )
         stacks, patients = zip(*(self._read(file) for file in files), strict=True)
-        stems = {file_stem(file) for file in files}
-        if len(files) > 1 and len(stems) == 1:  # `patient_01/ct.h5`: where no patient is stated, the folder tells
+        stems = [file_stem(file) for file in files]
+        if len(set(stems)) < len(stems):  # `patient_01/ct.h5`: where no patient is stated, the folder tells
+            folders = [name.rpartition("/")[0] or name for name in names]
             patients = tuple(
-                [name if patient in stems else patient for patient in who]
-                for name, who in zip(names, patients, strict=True)
+                [folder if patient in stems else patient for patient in who]
+                for folder, who in zip(folders, patients, strict=True)
             )
         held_out = self._held_out(names, patients)
         train = [stack[~chosen] for stack, chosen in zip(stacks, held_out, strict=True)]

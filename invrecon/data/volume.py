@@ -92,6 +92,11 @@ def file_stem(path: Path) -> str:
     return path.resolve().name if path.is_dir() else path.name[: len(path.name) - len(suffix_of(path))]
 
 
+def is_hidden(path: Path, folder: Path) -> bool:
+    """Says whether a path within a folder has a part that begins with a dot, as what tools leave behind has."""
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
 def suffix_of(path: Path) -> str:
     """Returns the suffix in lower case; '.nii.gz' is one."""
     name = path.name.lower()

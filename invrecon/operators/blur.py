@@ -325,7 +325,10 @@ def _transfer(kernel: Tensor, grid: tuple[int, ...], fft: Callable[[Tensor], Ten
 
 
 def _kernel_matrix(kernel: Kernel, name: str) -> Tensor:
-    matrix = torch.as_tensor(kernel, dtype=torch.float64).detach().cpu()
+    try:
+        matrix = torch.as_tensor(kernel, dtype=torch.float64).detach().cpu()
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{name}: the kernel is no matrix (K, L) of numbers ({error}).") from None
     _require_kernel(
         matrix.ndim == 2 and matrix.numel() > 0 and bool(matrix.isfinite().all()),
         f"{name}: the kernel must be a matrix (K, L) of finite numbers, got shape {tuple(matrix.shape)}.",

@@ -122,10 +122,13 @@ class BicubicDownsample(SeparableOperator):
         num_channels, height, width = image_size(size, num_channels, "BicubicDownsample")
         _require_factor(factor, "BicubicDownsample")
         super().__init__(_bicubic_matrix(height, factor), _bicubic_matrix(width, factor), num_channels)
+        self.factor = factor
 
     def baseline(self, y: Tensor) -> Tensor:
         """Returns the bicubic interpolation of `y`, `(B, C, H, W)`."""
-        return nnf.interpolate(y, size=self.image_shape[1:], mode="bicubic", align_corners=False)
+        # By the factor, and not to the size, of which it may be no divisor: pixels stay where they are.
+        x = nnf.interpolate(y, scale_factor=float(self.factor), mode="bicubic", align_corners=False)
+        return x[..., : self.image_shape[1], : self.image_shape[2]]
 
 
 def _blocks(x: Tensor, factor: int) -> Tensor:

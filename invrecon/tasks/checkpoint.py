@@ -55,6 +55,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"'{path}' is a prior and no checkpoint of a training run: begin from its weights by --model.initial, "
                 "or resume from checkpoints/last.ckpt."
             )
+        if not isinstance(checkpoint, dict) or not {"state_dict", "pytorch-lightning_version"} <= checkpoint.keys():
+            raise InputError(
+                f"'{path}' is no checkpoint of a training run: it has no state_dict of ours. Give another --ckpt_path, "
+                "as checkpoints/last.ckpt in the folder of a run."
+            )
         return checkpoint
 
 
@@ -69,18 +74,21 @@ class ExportPrior(lightning.Callback):
     def __init__(self, output: str, command: str = "") -> None:
         self.output, self.command = Path(output), command
         self.figures: dict[str, float] = {}
+        self.step = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Keeps the last validation's figures, for a run that died between its last checkpoint and the export."""
-        return {"figures": dict(self.figures)}
+        return {"figures": dict(self.figures), "step": self.step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the figures."""
         self.figures = dict(state_dict["figures"])
+        self.step = int(state_dict.get("step", 0))
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Notes what the validation measured."""
         if not trainer.sanity_checking:
+            self.step = trainer.global_step
             self.figures |= {
                 key.removeprefix("validation/"): round(float(value), 6)
                 for key, value in trainer.callback_metrics.items()
@@ -97,6 +105,8 @@ class ExportPrior(lightning.Callback):
         card = pl_module.card()
         card.training["command"] = self.command
         card.training["validation"] = self.figures
+        if self.figures and self.step:
+            card.training["validated"] = self.step
         path = self.output / "prior.safetensors"
         save_prior(path, pl_module.ema.state_dict(), card, pl_module.half_weights)
         with atomic_write(path.with_suffix(".md")) as file:
@@ -139,7 +149,9 @@ def model_card(card: Any, name: str) -> str:
     ]
     validation = training.get("validation", {})
     if validation:
-        lines += ["Validation loss of the averaged weights (unit at initialisation), per noise band:", ""]
+        at, steps = training.get("validated"), training.get("steps")
+        when = f" after step {at:,} of {steps:,}" if at is not None and at != steps else ""
+        lines += [f"Validation loss of the averaged weights{when} (unit at initialisation), per noise band:", ""]
         lines += ["| sigma | loss |", "|---|---|"]
         lines += [
             f"| {band} | {validation[f'loss_{band}']:.4f} |" for band in band_names() if f"loss_{band}" in validation

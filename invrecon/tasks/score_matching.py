@@ -127,10 +127,15 @@ class ScoreMatching(lightning.LightningModule):
             InputError: Settings of trainer, data and network that do not go together.
         """
         self.seed = self.data.seed
-        if stage == "fit":
+        if stage in ("fit", "validate"):
             self._check_settings()
         if stage == "fit" and self.sigma_data is None:
             measured = self.data.measure_sigma_data()
+            if not 0 < measured < math.inf:
+                raise InputError(
+                    f"The standard deviation of the training images is {measured:g}: they are constant, or no "
+                    "numbers, so there is nothing to learn from them; check data.paths."
+                )
             for denoiser in (self.denoiser, self.ema):
                 denoiser.sigma_data.fill_(measured)
 

@@ -30,7 +30,7 @@ from invrecon.methods import (
     Purification,
     UDiGDIP,
 )
-from invrecon.operators import ParallelBeamCT
+from invrecon.operators import ParallelBeamCT, SNRNoise
 from invrecon.priors.weights import read_card, save_prior
 from invrecon.shared import find_shared
 from invrecon.tasks.adaptation import TestTimeAdaptation
@@ -105,6 +105,13 @@ def test_a_method_without_a_prior_has_none_though_one_is_named(library: Path) ->
         task = Reconstruction(ParallelBeamCT(32, 12, 48), method, prior=str(library / "patch.safetensors"), mirror=True)
         assert task.prior is task.card is task.prior_name is task.weights_sha256 is None
         assert task.describe()["prior"] == "none"
+
+
+def test_a_signal_to_noise_ratio_is_of_k_space() -> None:
+    """Of a sinogram, zeros were measured: left without noise they would be told to have it."""
+    task = Reconstruction(ParallelBeamCT(32, 12, 48), FBP(), noise=SNRNoise(30.0))
+    with pytest.raises(InputError, match=r"SNRNoise leaves out .*ParallelBeamCT are measured"):
+        task.setup("test")
 
 
 def test_the_highest_level_is_that_at_which_the_prior_is_asked(library: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from invrecon.data.images import ImageTraining, draw_crop, open_images, shrink
+from invrecon.data.images import ImageTraining, draw_crop, find_images, open_images, shrink
 from invrecon.data.intensity import RGB
 from invrecon.data.reconstruction import ImageData
 from invrecon.errors import InputError
@@ -143,6 +143,20 @@ def test_floats_of_another_range_are_refused(tmp_path: Path) -> None:
         file["data"] = np.full((1, 20, 20, 3), 200.0)
     with pytest.raises(InputError, match=r"outside \[0, 1\]"):
         ImageData(str(tmp_path / "x.h5"), size=SIZE).setup()
+
+
+def test_images_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    for i in range(4):
+        (tmp_path / f"scene{i}").mkdir()
+        Image.fromarray(photo(i)).save(tmp_path / f"scene{i}" / "image.png")
+    (tmp_path / ".cache").mkdir()
+    Image.fromarray(photo(4)).save(tmp_path / ".cache" / "image.png")
+    assert [folder.name for folder in find_images([tmp_path])] == [f"scene{i}" for i in range(4)]
+    small = {"size": SIZE, "patch_sizes": [8], "probabilities": [1.0], "pad": 0, "num_crops": 2}
+    train, validation, _ = ImageTraining(str(tmp_path), **small).load()
+    assert (len(train), len(validation)) == (6, 2)
+    named = ImageTraining(str(tmp_path), **small, validation=["scene1/image"])
+    assert len(named.load()[1]) == 2 and all("scene1" not in name for name in named.train_names)
 
 
 def test_an_image_of_one_colour_is_refused(tmp_path: Path) -> None:

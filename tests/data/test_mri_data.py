@@ -277,7 +277,7 @@ def test_a_magnitude_volume_gets_phase_coils_and_a_scale_of_its_measurement(volu
 
 
 def test_slices_of_air_are_cases_too(volumes: Path) -> None:
-    batch = cases(MRIData(str(volumes / "a.h5"), slices="3", size=SIZE, sampling=SAMPLING, num_coils=1))[0]
+    batch = cases(MRIData(str(volumes / "a.h5"), slices="2,3", size=SIZE, sampling=SAMPLING, num_coils=1))[1]
     assert batch.scale == [1.0] and not batch.reference.any()
 
 
@@ -323,6 +323,33 @@ def test_two_files_of_one_name_are_refused(folder: Path, tmp_path: Path) -> None
     (tmp_path / "many.h5").write_bytes((folder / "many.h5").read_bytes())
     with pytest.raises(InputError, match="the same name"):
         MRIData([str(folder / "many.h5"), str(tmp_path / "many.h5")]).setup()
+
+
+def test_rounding_in_a_slice_of_air_is_no_phase(tmp_path: Path) -> None:
+    """What resampling leaves below zero is small beside the volume, not beside its own slice."""
+    values = torch.stack([torch.zeros(40, 40), head(0, 40) / UNIT * 1000]).numpy()
+    values[0, 3, 3] = -1e-6
+    with h5py.File(tmp_path / "head.h5", "w") as file:
+        file["data"] = values
+    assert not magnitude_of(open_magnitudes(tmp_path / "head.h5"), 0).any()
+    MRIData(str(tmp_path / "head.h5"), size=SIZE, sampling=SAMPLING).setup()
+    with pytest.raises(InputError, match=r"no signal in .*head\.h5: slice 0 is zero throughout"):
+        MRIData(str(tmp_path / "head.h5"), slices="0", size=SIZE, sampling=SAMPLING).setup()
+
+
+def test_no_patient_of_mri_both_trains_and_validates(tmp_path: Path) -> None:
+    for name, patient in {"a": "P1", "b": "P2", "c": "P2"}.items():
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            file["data"] = (head(0, 40)[None] / UNIT * 1000).numpy()
+            file.attrs["patient"] = patient
+    data = MRITraining(str(tmp_path), size=SIZE, **SMALL)
+    data.load()
+    assert data.train_names == ["a.h5"]
+    with pytest.raises(InputError, match=r"patients of b\.h5, too"):
+        MRITraining(str(tmp_path), size=SIZE, **SMALL, validation=["c.h5"]).load()
+    (tmp_path / "a.h5").unlink()
+    with pytest.warns(UserWarning, match="Training and validating on one patient"):
+        MRITraining(str(tmp_path), size=SIZE, **SMALL).load()
 
 
 def test_a_ct_volume_is_no_magnitude(tmp_path: Path) -> None:

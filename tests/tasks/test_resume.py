@@ -90,6 +90,9 @@ def test_a_damaged_checkpoint_is_refused(undisturbed: Path, tmp_path: Path) -> N
         path.write_bytes(damaged)
         with pytest.raises(InputError, match=r"last\.ckpt' cannot be read"):
             AtomicCheckpointIO().load_checkpoint(path)
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "other.ckpt")
+    with pytest.raises(InputError, match=r"other\.ckpt' is no checkpoint of a training run"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "other.ckpt")
     with pytest.raises(InputError, match="There is no checkpoint"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "absent.ckpt")
 
@@ -107,7 +110,8 @@ def test_loading_a_checkpoint_runs_nothing(tmp_path: Path) -> None:
 
 def test_a_save_that_fails_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, writer = tmp_path / "last.ckpt", AtomicCheckpointIO()
-    writer.save_checkpoint({"step": 1}, path)
+    first = {"state_dict": {}, "pytorch-lightning_version": "2.5", "step": 1}
+    writer.save_checkpoint(first, path)
     (tmp_path / ".last.ckpt.0123.partial").write_bytes(b"left by a kill")
 
     def full(*args: Any) -> None:
@@ -115,8 +119,8 @@ def test_a_save_that_fails_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(InputError, match="disk is full"):
-        writer.save_checkpoint({"step": 2}, path)
-    assert writer.load_checkpoint(path) == {"step": 1}
+        writer.save_checkpoint({**first, "step": 2}, path)
+    assert writer.load_checkpoint(path) == first
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]  # neither its own rest nor the older one
 
 

@@ -135,6 +135,21 @@ def test_no_patient_both_trains_and_validates(scans: Callable[..., Path]) -> Non
         split_of(folder, validation=["a.h5", "b.h5", "c.h5"])
 
 
+def test_the_folder_is_the_patient_of_scans_that_share_their_names(tmp_path: Path) -> None:
+    """`patient_01/arterial.h5` and `patient_01/venous.h5` are of one patient where the files state none."""
+    for number in range(1, 5):
+        (tmp_path / f"patient_{number}").mkdir()
+        for phase in ("arterial", "venous"):
+            with h5py.File(tmp_path / f"patient_{number}" / f"{phase}.h5", "w") as file:
+                file["data"] = (10 * number + np.eye(8)[None]).astype(np.int16)
+    _, train, validation = split_of(tmp_path)
+    assert (train, validation) == ([1, 1, 2, 2, 3, 3], [4, 4])
+    both = ["patient_2/arterial.h5", "patient_2/venous.h5"]
+    assert split_of(tmp_path, validation=both)[2] == [2, 2]
+    with pytest.raises(InputError, match=r"patient_2.*on one side"):
+        split_of(tmp_path, validation=both[:1])
+
+
 def test_a_single_patient_is_split_by_slices_with_a_warning(scans: Callable[..., Path]) -> None:
     folder = scans(a=[1] * 12, b=[1] * 8)
     with pytest.warns(UserWarning, match="neighbouring"):
