@@ -18,7 +18,7 @@ from torch import Tensor
 
 from invrecon.allocator import keep_freed_memory
 from invrecon.data.cases import CaseBatch
-from invrecon.data.intensity import HOUNSFIELD
+from invrecon.data.intensity import HOUNSFIELD, Intensity
 from invrecon.data.reconstruction import ReconstructionData
 from invrecon.errors import InputError
 from invrecon.files import write_csv, write_json
@@ -124,9 +124,7 @@ def run(output: Path, prior_name: str, slices: str) -> dict[str, Any]:
     from invrecon.report.figures import choose_windows, comparison_figure, image_png
     from invrecon.report.html import Comparison, Figure
 
-    path, prior, card = open_prior(prior_name)
-    if card.intensity != asdict(HOUNSFIELD) or card.network["image_channels"] != 1:
-        raise InputError(f"'{path}' is not a prior of CT images: give one that patch_ct.yaml has trained.")
+    path, prior, card = open_prior(prior_name, HOUNSFIELD, "CT images", "patch_ct.yaml")
     data = ReconstructionData("lung2_sample.h5", slices=slices)
     batch = one_batch(data)
     x = batch.reference
@@ -172,10 +170,22 @@ def run(output: Path, prior_name: str, slices: str) -> dict[str, Any]:
     )
 
 
-def open_prior(name: str) -> tuple[Path, Prior, PriorCard]:
-    """Returns a prior's file, the prior, whose network runs in bfloat16 where the hardware has it, and its card."""
+def open_prior(name: str, intensity: Intensity, images: str, config: str) -> tuple[Path, Prior, PriorCard]:
+    """Returns a prior's file, the prior, whose network runs in bfloat16 where the hardware has it, and its card.
+
+    Args:
+        name: The file, or the bare name of a shipped one.
+        intensity: The scale of the images that the demonstration is about.
+        images: What they are, in words.
+        config: What trains such a prior.
+
+    Raises:
+        InputError: The prior is missing, or of other images.
+    """
     path = find_shared(name, "checkpoints", ".safetensors")
     prior, card = load_prior(path)
+    if card.intensity != asdict(intensity):
+        raise InputError(f"'{path}' is not a prior of {images}: give one that {config} has trained.")
     prior.denoiser.precision = "auto"  # type: ignore[union-attr]
     return path, prior, card
 

@@ -5,14 +5,12 @@ Run by `make demo-mri` or `python -m invrecon.demo_mri`; writes `outputs/demo-mr
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from invrecon.data.intensity import MAGNITUDE
 from invrecon.data.mri import MRIData
 from invrecon.demo import command_line, one_batch, open_prior, reconstruct, write_results
-from invrecon.errors import InputError
 from invrecon.methods import FBP, AnnealedPnPADMM, Method, TotalVariation, WaveletL1
 from invrecon.metrics.mri import magnitude, phase
 from invrecon.operators import CartesianMRI, EquispacedLines, SNRNoise
@@ -49,9 +47,7 @@ def run(output: Path, prior_name: str, slices: str) -> dict[str, Any]:
     from invrecon.report.html import RESIDUAL, Comparison, Figure
     from invrecon.report.store import Part
 
-    path, prior, card = open_prior(prior_name)
-    if card.intensity != asdict(MAGNITUDE):
-        raise InputError(f"'{path}' is not a prior of complex MR images: give one that patch_mri.yaml has trained.")
+    path, prior, card = open_prior(prior_name, MAGNITUDE, "complex MR images", "patch_mri.yaml")
     rows: dict[str, list[dict[str, Any]]] = {}
     figures, comparisons = [], []
     for acceleration, center in CENTERS.items():

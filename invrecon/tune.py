@@ -121,10 +121,8 @@ def main(args: list[str], run: Callable[[list[str]], Any]) -> None:
     settings = cli.settings()
     refuse_samples(settings["data"]["init_args"].get("paths"))
     model, method = settings["model"], type(cli.model.method).__name__
-    assigned = bool(space)
-    space = space or default_space(method, noisy=False)  # a method without one is refused before cases are read
     cases, noisy = read_cases(cli.datamodule.test_dataloader(), not isinstance(cli.model.noise, NoNoise))
-    space = space if assigned else default_space(method, noisy)
+    space = space or default_space(method, noisy)
     default = {key: check_default(key, find(model, key), domain) for key, domain in space.items()}
     ranges = {key: domain.describe() for key, domain in space.items()}
     described = {"model": model, "space": ranges, "metric": options.metric, "seed": options.seed}

@@ -17,6 +17,7 @@ import yaml
 import invrecon.methods
 from invrecon import demo_mri
 from invrecon.data.intensity import MAGNITUDE
+from invrecon.demo import main as demo_ct
 from invrecon.demo_mri import CENTERS, METHODS, main
 from invrecon.methods import FBP, ProximalDiffusion, TotalVariation, WaveletL1
 from invrecon.operators import EquispacedLines
@@ -98,3 +99,9 @@ def test_without_its_prior_it_says_so_in_a_sentence(intensity: str | None, tmp_p
     expected = "is not a prior of complex MR images" if intensity else "There is no weights file"
     assert expected in str(end.value.code) and len(str(end.value.code).splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_demonstration_of_ct_takes_no_prior_of_mri(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as end:
+        demo_ct(["--prior", "patch_mri", "--output", str(tmp_path / "out")])
+    assert "is not a prior of CT images" in str(end.value.code) and not (tmp_path / "out").exists()

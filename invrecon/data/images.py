@@ -6,7 +6,6 @@ literature.
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 from invrecon.data.augmentation import Augmentation
 from invrecon.data.hdf5 import HDF5_SUFFIXES, brief, list_datasets, open_hdf5, text_of
 from invrecon.data.intensity import RGB
-from invrecon.data.training import PriorTraining, held_out_names
+from invrecon.data.training import PriorTraining, held_out_names, relative_names
 from invrecon.data.volume import Volume, is_hidden, suffix_of
 from invrecon.errors import InputError
 from invrecon.rng import make_generator
@@ -272,13 +271,11 @@ class ImageTraining(PriorTraining):
         """Reads every image, splits off the validation images and draws the crops."""
         paths = [self.paths] if isinstance(self.paths, str) else self.paths
         stacks = [open_images(path, self.size, dataset=self.dataset) for path in find_images(list(map(Path, paths)))]
-        places = [(stack, index, _name(stack, index)) for stack in stacks for index in range(len(stack))]
-        names = [name for *_, name in places]
+        images = [(stack, index) for stack in stacks for index in range(len(stack))]
+        names = [_name(*image) for image in images]
         if len(set(names)) < len(names):  # `scene_01/image.png`: the folder tells them apart
-            root = Path(os.path.commonpath([stack.path.resolve() for stack in stacks]))
-            folders = [stack.path.resolve().relative_to(root).as_posix() for stack, *_ in places]
-            names = [f"{folder}/{name}" for folder, name in zip(folders, names, strict=True)]
-            places = [(stack, index, name) for (stack, index, _), name in zip(places, names, strict=True)]
+            names = relative_names([_folder(stack) / name for (stack, _), name in zip(images, names, strict=True)])
+        places = [(stack, index, name) for (stack, index), name in zip(images, names, strict=True)]
         held_out = held_out_names(names, self.validation, max(1, len(names) // 10), self.paths)
         crops: dict[bool, list[Tensor]] = {True: [], False: []}
         for stack, index, name in places:
@@ -305,6 +302,10 @@ def draw_crop(image: Tensor, size: int, generator: torch.Generator) -> Tensor:
 
 def _to_intensity(values: Tensor) -> Tensor:
     return RGB.encode(values.float())
+
+
+def _folder(stack: ImageStack) -> Path:
+    return stack.path if isinstance(stack, ImageFolder) else stack.path.parent
 
 
 def _name(stack: ImageStack, index: int) -> str:

@@ -173,8 +173,11 @@ def abridged(names: Sequence[str], most: int = 4) -> list[str]:
 def distinct_names(files: Sequence[Path]) -> list[str]:
     """Returns the files' names, or, where two have the same, their paths from the folder that holds all of them."""
     names = [file.name for file in files]
-    if len(set(names)) == len(names):
-        return names
+    return names if len(set(names)) == len(names) else relative_names(files)
+
+
+def relative_names(files: Sequence[Path]) -> list[str]:
+    """Returns the files' paths from the folder that holds all of them."""
     root = Path(os.path.commonpath([file.resolve().parent for file in files]))
     return [file.resolve().relative_to(root).as_posix() for file in files]
 

@@ -10,6 +10,7 @@ Source: the documentation and interfaces of deepinv 0.5 (`deepinv.physics.Linear
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -257,14 +258,19 @@ def _noise_std(physics: Any) -> Tensor | None:
     )
 
 
+def _call(function: Callable[[Tensor], Any], argument: Tensor, failure: str) -> Any:
+    """Returns `function(argument)`, or raises `InputError` with what failed and why."""
+    try:
+        return function(argument)
+    except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{failure} ({reason}): give its image_shape.") from None
+
+
 def _measure(physics: Any, x: Tensor) -> Tensor:
     """Returns `A x`, `(1, *measurement_shape)`."""
     name, shape = type(physics).__name__, tuple(x.shape[1:])
-    try:
-        y = physics.A(x)
-    except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{name} does not measure images of shape {shape} ({reason}): give its image_shape.") from None
+    y = _call(physics.A, x, f"{name} does not measure images of shape {shape}")
     if not isinstance(y, Tensor) or not y.is_floating_point() or y.ndim < 2 or len(y) != 1:
         what = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise InputError(
@@ -289,14 +295,8 @@ def _check_adjoint(physics: Any, x: Tensor, y: Tensor) -> None:
     name = type(physics).__name__
     v = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y)
     for measurement in (y, v):
-        try:
-            back = physics.A_adjoint(measurement)
-        except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(
-                f"A_adjoint of {name} does not take what its A gives of images of shape {tuple(x.shape[1:])} "
-                f"({reason}): give its image_shape."
-            ) from None
+        what = f"A_adjoint of {name} does not take what its A gives of images of shape {tuple(x.shape[1:])}"
+        back = _call(physics.A_adjoint, measurement, what)
         if not isinstance(back, Tensor) or back.shape != x.shape:
             shape = tuple(back.shape[1:]) if isinstance(back, Tensor) else type(back).__name__
             raise InputError(

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 from invrecon.errors import InputError
+from invrecon.operators.base import LinearOperator
+from invrecon.operators.ct import CT
+from invrecon.operators.mask import FourierMask
+from invrecon.operators.mri import MRI
 from invrecon.rng import randn
 
 
@@ -39,6 +43,9 @@ class NoiseModel(ABC):
         Raises:
             InputError: A number of generators other than the number of samples.
         """
+
+    def check(self, operator: LinearOperator) -> None:  # noqa: B027 - most noise goes with all operators
+        """Raises `InputError` unless the noise is one of what `operator` measures."""
 
 
 class NoNoise(NoiseModel):
@@ -111,6 +118,15 @@ class SNRNoise(NoiseModel):
             raise InputError(f"SNRNoise: snr must be a finite number of decibels, got {snr}; use NoNoise for none.")
         self.snr = float(snr)
 
+    def check(self, operator: LinearOperator) -> None:
+        """Raises `InputError` unless k-space is measured, whose zeros are what was not."""
+        if not isinstance(operator, MRI | FourierMask):
+            raise InputError(
+                "SNRNoise leaves out what was not measured, and knows it by its zeros, as k-space has them off its "
+                f"mask; those of {type(operator).__name__} are measured: take RelativeGaussianNoise or GaussianNoise "
+                "for model.noise."
+            )
+
     def sample(
         self, y: Tensor, generators: Sequence[torch.Generator], *, length_mm: float | Tensor = 1.0
     ) -> tuple[Tensor, Tensor]:
@@ -151,6 +167,14 @@ class TransmissionPoisson(NoiseModel):
         self.i0 = _positive(i0, "TransmissionPoisson: i0")
         self.attenuation_per_mm = _positive(attenuation_per_mm, "TransmissionPoisson: attenuation_per_mm")
         self.hu_scale = _positive(hu_scale, "TransmissionPoisson: hu_scale")
+
+    def check(self, operator: LinearOperator) -> None:
+        """Raises `InputError` unless line integrals are measured."""
+        if not isinstance(operator, CT):
+            raise InputError(
+                f"TransmissionPoisson is the noise of photons along rays, and {type(operator).__name__} measures no "
+                "line integrals: take another model.noise, as GaussianNoise."
+            )
 
     def sample(
         self, y: Tensor, generators: Sequence[torch.Generator], *, length_mm: float | Tensor = 1.0

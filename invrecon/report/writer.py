@@ -225,11 +225,11 @@ class ResultWriter(lightning.Callback):
             return ""
         earlier = {str(row["case"]): row for row in read_csv(path)}
         rows = volume_rows(self.store, earlier)
-        lost = ", ".join(sorted(earlier.keys() - {row["case"] for row in rows}))
-        if lost:
+        lost, left_out = "", sorted(earlier.keys() - {row["case"] for row in rows})
+        if left_out:
             lost = (
-                f"volumes.csv leaves out {lost}: of its slices that were there before no reference is kept. For "
-                "metrics of the volume reconstruct all slices in one run, in another --output.\n"
+                f"volumes.csv leaves out {', '.join(left_out)}: of its slices that were there before no reference is "
+                "kept. For metrics of the volume reconstruct all slices in one run, in another --output.\n"
             )
         if not rows:
             path.unlink(missing_ok=True)

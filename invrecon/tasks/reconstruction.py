@@ -28,9 +28,8 @@ from invrecon.metrics.image import body_mask, masked_psnr, psnr, ssim
 from invrecon.metrics.mri import relative_magnitudes
 from invrecon.operators.base import LinearOperator
 from invrecon.operators.ct import CT, ct_from_geometry
-from invrecon.operators.mask import FourierMask
 from invrecon.operators.mri import MRI, CartesianMRI
-from invrecon.operators.noise import NoiseModel, NoNoise, SNRNoise, TransmissionPoisson
+from invrecon.operators.noise import NoiseModel, NoNoise, TransmissionPoisson
 from invrecon.operators.sampling import achieved_acceleration
 from invrecon.precision import check_precision, resolve_precision
 from invrecon.priors.base import Prior
@@ -139,17 +138,7 @@ class Reconstruction(lightning.LightningModule):
         Raises:
             InputError: If the intensity scales, sizes or numbers of channels differ, or the noise is of other data.
         """
-        if isinstance(self.noise, TransmissionPoisson) and not isinstance(self.operator, CT):
-            raise InputError(
-                f"TransmissionPoisson is the noise of photons along rays, and {type(self.operator).__name__} measures "
-                "no line integrals: take another model.noise, as GaussianNoise."
-            )
-        if isinstance(self.noise, SNRNoise) and not isinstance(self.operator, MRI | FourierMask):
-            raise InputError(
-                "SNRNoise leaves out what was not measured, and knows it by its zeros, as k-space has them off its "
-                f"mask; those of {type(self.operator).__name__} are measured: take RelativeGaussianNoise or "
-                "GaussianNoise for model.noise."
-            )
+        self.noise.check(self.operator)
         if self.card is not None:
             self._check_prior(self.card)
         size = getattr(getattr(self._trainer, "datamodule", None), "size", None)

@@ -235,6 +235,7 @@ def test_masks_are_what_they_say():
         (lambda: UniformBlur(8, boundary="wrap"), "boundary"),
         (lambda: GaussianBlur(8, 3, 0.0), "std"),
         (lambda: Blur([1.0, 2.0], 8), "matrix"),
+        (lambda: Blur([[1.0, 2.0], [3.0]], 8), "the kernel is no matrix"),
         (lambda: Blur([[1.0]], 8, boundary="wrap"), "boundary"),
         (lambda: MotionBlur(8, intensity=1.5), "intensity"),
         (lambda: CircularBlur([[math.nan]], 8), "finite"),

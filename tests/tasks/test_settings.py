@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import h5py
+import lightning
 import numpy as np
 import pytest
 
@@ -25,6 +26,26 @@ from tests.tasks.tiny import fit, make_data, make_model
 def test_what_would_hang_or_spoil_a_run_is_refused(tmp_path: Path, trainer: dict, data: dict, match: str) -> None:
     with pytest.raises(InputError, match=match):
         fit(tmp_path, make_model(), make_data(**data), 4, **trainer)
+
+
+def test_validation_has_the_settings_of_a_training(tmp_path: Path) -> None:
+    trainer = lightning.Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False)
+    with pytest.raises(InputError, match=r"\[5\] do not go through this network"):
+        trainer.validate(make_model(), make_data(patch_sizes=[8, 5]))
+
+
+def test_constant_images_teach_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make_data()
+    monkeypatch.setattr(data, "measure_sigma_data", lambda: 0.0)
+    with pytest.raises(InputError, match="deviation of the training images is 0: they are constant"):
+        fit(tmp_path, make_model(), data, 5)
+
+
+@pytest.mark.parametrize(("steps", "words"), [(5, "weights (unit"), (7, "weights after step 5 of 7 (unit")])
+def test_the_card_says_when_its_losses_were_measured(tmp_path: Path, steps: int, words: str) -> None:
+    """An epoch has five steps: a run that ends within one was validated before its last."""
+    fit(tmp_path, make_model(), make_data(), steps)
+    assert f"Validation loss of the averaged {words}" in (tmp_path / "prior.md").read_text()
 
 
 def test_the_largest_patch_comes_first() -> None:
